@@ -1,0 +1,1 @@
+"""The cluster's brain: supervision, instances, scheduling, gateway. Holds no tensor."""

@@ -1,0 +1,1 @@
+"""The HTTP gateway: FastAPI routes in front of the cluster."""
