@@ -1,0 +1,102 @@
+"""What the surfaces (HTTP gateway, Erlang calls) need from the cluster, as one small protocol.
+
+The gateway holds no knowledge of instances, epochs or ports: it asks for an open
+model, hands over token ids and reads token events until the generation is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from models.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """One entry of the catalogue, as ``/v1/models`` and ``ctl model list`` show it."""
+
+    id: str
+    name: str
+    family: str
+    state: Literal["remote", "local", "loading", "ready", "failed"]
+    size_bytes: int
+    context_tokens: int
+    aliases: tuple[str, ...] = ()
+    created_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A loaded model as a surface sees it: how text becomes tokens and back."""
+
+    id: str
+    tokenizer: Tokenizer
+    chat_template: str | None
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One generation. Text limits (stop strings) are the caller's; ids are the engine's."""
+
+    model: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    logprobs: int | None = None  # number of alternatives wanted beside the chosen token
+    stop_ids: frozenset[int] = frozenset()  # end-of-sequence ids; not emitted
+    request_id: str = ""  # shown in logs from the HTTP header to the rank
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Token ``index`` (0-based) of the answer."""
+
+    index: int
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DoneEvent:
+    """The end of a generation. ``text`` says why when ``reason`` is ``error``."""
+
+    reason: FinishReason
+    text: str = ""
+
+
+class Backend(Protocol):
+    """The cluster as the surfaces use it."""
+
+    async def models(self) -> list[ModelInfo]:
+        """Catalogue with the state of each model on this cluster."""
+        ...
+
+    async def open_model(self, model: str, *, timeout_s: float) -> OpenModel:
+        """Resolve an id or alias to a loaded model, waiting for one that is loading or recovering.
+
+        Raises:
+            UnknownModel: no card, instance or alias has this name (404).
+            NotReady: known but not served now (503); carries ``retry_after_s``.
+        """
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent | DoneEvent]:
+        """Stream one generation; ends with exactly one DoneEvent. Closing the iterator cancels."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """The map of CONTRACT section 3."""
+        ...
