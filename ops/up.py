@@ -245,8 +245,9 @@ def run_step(step: str, command: list[str], held: int) -> None:
         for line in child.stdout:
             tail.append(line.rstrip())
             seen = (seen + line)[-200_000:]
-            if line.lstrip().startswith(("Downloading", "Installing collected", "Building")):
-                say("  " + line.strip()[:120])
+            text = line.strip()
+            if text.startswith("Installing collected") or " MB)" in text or " GB)" in text:
+                say("  " + (text if len(text) <= 100 else text[:99] + "…"))
         status = child.wait()
     except BaseException:
         child.terminate()
