@@ -100,3 +100,68 @@ class Backend(Protocol):
     async def status(self) -> dict[str, Any]:
         """The map of CONTRACT section 3."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The shape a caller wants; None (or no shares) leaves the choice to the cluster."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    shares: tuple[int, ...] = ()
+    engine: Literal["torch", "mlx"] | None = None
+    context_tokens: int | None = None
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether a token came lately through every rank of every ready instance, and if not, why."""
+
+    ready: bool
+    why: str = ""
+    retry_after_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEvent:
+    """Something that changed; ``kind`` names it (``instance``, ``node``, ``leader``, ...)."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+class ClusterControl(Protocol):
+    """What operators ask of the cluster. All data is JSON-ready; errors are ControlErrors."""
+
+    async def topology(self) -> list[dict[str, Any]]:
+        """Links between machines with their measured latency and bandwidth."""
+        ...
+
+    async def tree(self) -> dict[str, Any]:
+        """The live supervision tree with restart counts."""
+        ...
+
+    async def readiness(self) -> Readiness:
+        """What ``/health/ready`` answers."""
+        ...
+
+    def events(self) -> AsyncIterator[ClusterEvent]:
+        """Changes from now on, without end. Closing the iterator unsubscribes."""
+        ...
+
+    async def place(self, model: str, options: LoadOptions) -> dict[str, Any]:
+        """Dry run: the chosen placement, and why every other was not."""
+        ...
+
+    async def load(self, model: str, options: LoadOptions) -> str:
+        """Place and load a model; the new instance's id."""
+        ...
+
+    async def unload(self, instance_id: str) -> None:
+        """Drain and unload an instance. Raises a ControlError of kind ``not_found``."""
+        ...
+
+    async def swap(self, old: str, new: str) -> str:
+        """Replace a model without a failed request; the new instance's id."""
+        ...

@@ -1,0 +1,75 @@
+"""Builds the HTTP surface: routes, limits and error answers in front of one backend."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from control.backend import Backend, ClusterControl
+from control.errors import ControlError
+from control.gateway import chat, cluster, completions, docs, errors, health, models
+from control.gateway.edge import Edge
+from control.gateway.gateway import Gateway
+from control.gateway.limits import BodyLimit
+from control.gateway.metrics import Metrics
+from control.gateway.settings import GatewaySettings
+
+ROUTERS = (chat.router, completions.router, models.router, cluster.router, health.router)
+
+
+def create_app(
+    backend: Backend,
+    *,
+    settings: GatewaySettings | None = None,
+    control: ClusterControl | None = None,
+) -> FastAPI:
+    """The gateway of one node.
+
+    Args:
+        backend: serves models.
+        control: answers the ``/cluster`` routes beyond the status; without it they say 503.
+
+    Returns:
+        An app whose ``state.gateway`` is the ``Gateway`` its routes share.
+    """
+    settings = settings or GatewaySettings()
+    gateway = Gateway(backend, control, settings, Metrics(settings.registry))
+    app = FastAPI(
+        title="Phalanx",
+        summary="A fault-tolerant LLM server",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.gateway = gateway
+    for router in ROUTERS:
+        app.include_router(router(gateway))
+    app.include_router(gateway.metrics.router())
+    app.include_router(docs.router(app))
+    for kind in (errors.ApiError, errors.GenerationFailed, RequestValidationError, ControlError):
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Edge, settings=settings, metrics=gateway.metrics)
+    return app
+
+
+async def _answer(request: Request, exc: Exception) -> JSONResponse:
+    error = errors.from_exception(exc)
+    assert error is not None, f"{type(exc).__name__} is registered without an answer"
+    return errors.response_for(request.url.path, error)
+
+
+async def _answer_http(request: Request, exc: Exception) -> JSONResponse:
+    """Starlette's own refusals: an unknown route, a wrong method, an unreadable body."""
+    assert isinstance(exc, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    text, code = {
+        404: (f"no such route: {where}. See /docs.", "route_not_found"),
+        405: (f"{where} is not allowed; the Allow header names what is.", "method_not_allowed"),
+        400: ("the body is not valid JSON in UTF-8.", "invalid_json"),
+    }.get(exc.status_code, (str(exc.detail), None))
+    error = errors.ApiError(exc.status_code, text, code=code, headers=exc.headers)
+    return errors.response_for(request.url.path, error)

@@ -1,0 +1,146 @@
+"""``/cluster``: what operators see of the cluster, and the four things they tell it to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from control.backend import ClusterControl, ClusterEvent, LoadOptions
+from control.gateway import sse
+from control.gateway.errors import ApiError
+from control.gateway.gateway import Gateway
+from control.gateway.openai_types import Ask
+
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Share = Annotated[int, Field(ge=1, le=2**31 - 1)]
+KEEP_ALIVE_S = 15.0  # a comment this often shows a feed to be alive where nothing happens
+
+
+class PlaceRequest(Ask):
+    """Body of ``place`` and ``load``: without options the cluster chooses."""
+
+    model: Name
+    tensor: int | None = Field(None, ge=1, le=1024)
+    pipeline: int | None = Field(None, ge=1, le=1024)
+    shares: list[Share] | None = Field(None, max_length=1024)
+    engine: Literal["torch", "mlx"] | None = None
+    context: int | None = Field(None, ge=1, le=2**31 - 1)
+    slots: int | None = Field(None, ge=1, le=65536)
+
+    @property
+    def options(self) -> LoadOptions:
+        """The shape asked for."""
+        return LoadOptions(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            shares=tuple(self.shares or ()),
+            engine=self.engine,
+            context_tokens=self.context,
+            slots=self.slots,
+        )
+
+
+class UnloadRequest(Ask):
+    id: Name
+
+
+class SwapRequest(Ask):
+    old: Name
+    new: Name
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The routes, served by ``gateway``."""
+    routes = APIRouter(prefix="/cluster", tags=["cluster"])
+    backend = gateway.backend
+
+    @routes.get("/status", summary="Cluster, nodes and instances")
+    async def status() -> JSONResponse:
+        return JSONResponse(await backend.status())
+
+    @routes.get("/nodes", summary="The machines")
+    async def nodes() -> JSONResponse:
+        return JSONResponse((await backend.status())["nodes"])
+
+    @routes.get("/instances", summary="The running models")
+    async def instances() -> JSONResponse:
+        return JSONResponse((await backend.status())["instances"])
+
+    @routes.get("/topology", summary="Links with measured latency and bandwidth")
+    async def topology() -> JSONResponse:
+        return JSONResponse(await _control(gateway).topology())
+
+    @routes.get("/tree", summary="Live supervision tree with restart counts")
+    async def tree() -> JSONResponse:
+        return JSONResponse(await _control(gateway).tree())
+
+    @routes.get("/events", summary="Feed of changes; the first event is the status")
+    async def events() -> Response:
+        frames = _events(gateway, _control(gateway))
+        return sse.EventStream(frames, write_timeout_s=gateway.settings.write_timeout_s)
+
+    @routes.post("/place", summary="Dry run: which placement, and why not another")
+    async def place(body: PlaceRequest) -> JSONResponse:
+        return JSONResponse(await _control(gateway).place(body.model, body.options))
+
+    @routes.post("/load", summary="Place and load a model")
+    async def load(body: PlaceRequest) -> JSONResponse:
+        return JSONResponse({"id": await _control(gateway).load(body.model, body.options)})
+
+    @routes.post("/unload", summary="Drain and unload an instance")
+    async def unload(body: UnloadRequest) -> JSONResponse:
+        await _control(gateway).unload(body.id)
+        return JSONResponse({"id": body.id})
+
+    @routes.post("/swap", summary="Replace a model without a failed request")
+    async def swap(body: SwapRequest) -> JSONResponse:
+        return JSONResponse({"id": await _control(gateway).swap(body.old, body.new)})
+
+    return routes
+
+
+def _control(gateway: Gateway) -> ClusterControl:
+    if gateway.cluster is None:
+        raise ApiError(
+            503,
+            "this gateway is attached to no cluster it could steer; ask another node.",
+            code="no_cluster",
+            headers={"Retry-After": "5"},
+        )
+    return gateway.cluster
+
+
+async def _events(gateway: Gateway, cluster: ClusterControl) -> AsyncGenerator[bytes, None]:
+    """Frames of the feed, until the client leaves or the server drains."""
+    source = cluster.events()
+    stopping = asyncio.ensure_future(gateway.stopping.wait())
+    coming: asyncio.Future[ClusterEvent] | None = None
+    try:
+        coming = asyncio.ensure_future(anext(source))  # subscribed before the status is taken
+        yield sse.frame(await gateway.backend.status(), event="status")
+        while not stopping.done():
+            both = {coming, stopping}
+            await asyncio.wait(both, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                if not stopping.done():
+                    yield b": keep-alive\n\n"
+                continue
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            yield sse.frame(dict(event.data), event=event.kind)
+            coming = asyncio.ensure_future(anext(source))
+    finally:
+        waiting = [task for task in (stopping, coming) if task is not None]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        aclose = getattr(source, "aclose", None)
+        if aclose is not None:
+            await aclose()

@@ -1,0 +1,46 @@
+"""``GET /v1/models`` and ``/v1/models/{id}``: the catalogue, with the state of each model here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from control.backend import ModelInfo
+from control.errors import UnknownModel
+from control.gateway.gateway import Gateway
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The routes, served by ``gateway``."""
+    routes = APIRouter(tags=["openai"])
+
+    @routes.get("/v1/models", summary="Every known model; those that are ready come first")
+    async def list_models() -> dict[str, Any]:
+        found = sorted(await gateway.backend.models(), key=lambda info: info.state != "ready")
+        return {"object": "list", "data": [_shown(info) for info in found]}
+
+    @routes.get("/v1/models/{model:path}", summary="One model, by id or alias")
+    async def get_model(model: str) -> dict[str, Any]:
+        found = await gateway.backend.models()
+        for info in found:
+            if model == info.id or model in info.aliases:
+                return _shown(info)
+        raise UnknownModel(model, tuple(info.id for info in found))
+
+    return routes
+
+
+def _shown(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.id,
+        "object": "model",
+        "created": info.created_s,
+        "owned_by": "phalanx",
+        "name": info.name,
+        "family": info.family,
+        "state": info.state,
+        "size_bytes": info.size_bytes,
+        "context_tokens": info.context_tokens,
+        "aliases": list(info.aliases),
+    }

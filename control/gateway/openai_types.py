@@ -1,0 +1,171 @@
+"""Request bodies of the OpenAI routes: every honoured field with its range, and nothing else.
+
+A field that is not here is refused by name. ``null`` and an empty list ask for nothing,
+so they are taken for absent. The fields of ``Inert`` cannot change the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+SEED_MODULUS = 2**64  # the engine's generator is keyed by 64 bits
+MAX_CHOICES = 128
+
+
+def refused(param: str, why: str) -> PydanticCustomError:
+    """The fault of one field that only the whole body shows."""
+    return PydanticCustomError("not_supported", "{why}", {"param": param, "why": why})
+
+
+def _only(*allowed: Any, why: str = "") -> BeforeValidator:
+    """Refuse, at the field itself, every value but these."""
+
+    def check(value: Any) -> Any:
+        if any(value == one and type(value) is type(one) for one in allowed):
+            return value
+        shown = " or ".join(repr(one) for one in allowed)
+        context = {"why": f"only {shown} is supported{why}"}
+        raise PydanticCustomError("not_supported", "{why}", context)
+
+    return BeforeValidator(check)
+
+
+class Ask(BaseModel):
+    """Base of every request object: strict types, no unknown field, null asks for nothing."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {
+                name: value for name, value in data.items() if value is not None and value != []
+            }
+        return data
+
+
+class Inert(Ask):
+    """Fields that clients send and that cannot change the answer: accepted, without effect."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Annotated[bool | None, _only(False)] = None
+    service_tier: Annotated[str | None, _only("auto", "default")] = None
+
+
+class StreamOptions(Ask):
+    include_usage: bool = False
+    include_obfuscation: Annotated[bool | None, _only(False)] = None
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _stop_form(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Generation(Inert):
+    """What chat and text completions have in common."""
+
+    model: str = Field(min_length=1, max_length=1024)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 keeps every token")
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    stop: Annotated[list[StopText], BeforeValidator(_stop_form), Field(max_length=4)] | None = (
+        Field(None, description="a string, or a list of up to 4")
+    )
+    logit_bias: dict[str, Bias] | None = Field(None, description="token id to bias")
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "stream_options is only allowed when stream is true")
+        return self
+
+
+class TextPart(Ask):
+    type: Annotated[
+        Literal["text"], _only("text", why="; images, audio and files are never fetched or read")
+    ]
+    text: str
+
+
+class Message(Ask):
+    """One turn. ``developer`` is the newer name of ``system``."""
+
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        _only("system", "developer", "user", "assistant"),
+    ]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The whole text; parts are joined without a separator, as they are one turn."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(Generation):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tool_choice: Annotated[str | None, _only("none")] = None
+    parallel_tool_calls: bool | None = Field(None, description="without tools it asks for nothing")
+    response_format: Annotated[dict[str, str] | None, _only({"type": "text"})] = None
+    modalities: Annotated[list[str] | None, _only(["text"])] = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise refused(
+                "max_tokens", "max_tokens and max_completion_tokens contradict each other; send one"
+            )
+        return self
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class CompletionRequest(Generation):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, description="must equal n")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise refused("best_of", "best_of must equal n: this server ranks no candidates")
+        if self.echo and self.logprobs is not None:
+            raise refused(
+                "echo", "echo with logprobs is not supported: prompt tokens are not scored"
+            )
+        return self

@@ -1,0 +1,155 @@
+"""From a request body to the generations it asks for: prompt ids, room, seeds and limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from control.backend import GenerateRequest, OpenModel
+from control.gateway.errors import ApiError, context_exceeded
+from control.gateway.gateway import Gateway
+from control.gateway.openai_types import SEED_MODULUS, Generation, Message
+from models import chat
+from models.errors import TemplateError
+
+INLINE_CHARS = 16_384  # longer texts are encoded in a thread, so that streams go on meanwhile
+
+
+async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Token ids of a conversation, rendered with the model's own template.
+
+    Raises:
+        ApiError: 400 where the model has no template, or the template refuses the messages.
+    """
+    template = opened.chat_template
+    if template is None:
+        raise ApiError(
+            400,
+            f"model {opened.id!r} has no chat template, so it cannot chat; "
+            "use /v1/completions, or load an instruction-tuned model.",
+            param="model",
+            code="no_chat_template",
+        )
+    turns = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
+        for turn in messages
+    ]
+
+    def encode() -> list[int]:
+        tokenizer = opened.tokenizer
+        text = chat.render(
+            template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        return tokenizer.encode(text)
+
+    try:
+        return tuple(await _off_loop(encode, sum(len(turn["content"]) for turn in turns)))
+    except TemplateError as exc:
+        text = f"the chat template of {opened.id!r} refuses these messages: {exc}"
+        raise ApiError(400, text, param="messages", code="template_error") from exc
+
+
+async def text_prompts(
+    opened: OpenModel, prompt: str | list[str] | list[int] | list[list[int]]
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt of a completion; texts begin as the model was trained to see them.
+
+    Raises:
+        ApiError: 400 for an id beyond the vocabulary.
+    """
+    prompts: list[str | list[int]] = []
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif isinstance(prompt[0], int):
+        prompts = [[one for one in prompt if isinstance(one, int)]]
+    else:
+        prompts = [one for one in prompt if not isinstance(one, int)]
+    tokenizer = opened.tokenizer
+    encoded = []
+    for one in prompts:
+        if isinstance(one, str):
+            ids = await _off_loop(lambda text=one: tokenizer.encode(text), len(one))
+            if tokenizer.add_bos and tokenizer.bos_id is not None:
+                ids = [tokenizer.bos_id, *ids]
+        else:
+            ids = one
+            too_big = max(ids, default=0)
+            if too_big >= tokenizer.vocab_size:
+                raise ApiError(
+                    400,
+                    f"prompt: token id {too_big} is not in the vocabulary of {opened.id!r} "
+                    f"(0 to {tokenizer.vocab_size - 1}).",
+                    param="prompt",
+                    code="invalid_value",
+                )
+        encoded.append(tuple(ids))
+    return encoded
+
+
+async def _off_loop(encode: Callable[[], list[int]], num_chars: int) -> list[int]:
+    return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)
+
+
+def plan(
+    gateway: Gateway,
+    opened: OpenModel,
+    body: Generation,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    param: str,
+    max_tokens: int | None,
+    logprobs: int | None,
+    request_id: str,
+) -> list[GenerateRequest]:
+    """One generation a choice, in the order of the answer: all choices of the first prompt first.
+
+    ``max_tokens`` is clamped to the room that the prompt leaves; None takes all of it.
+
+    Raises:
+        ApiError: 400 for a prompt that is empty or leaves no room, or a bias on an unknown id.
+    """
+    for ids in prompts:
+        if not ids:
+            raise ApiError(400, f"{param}: the prompt is empty.", param=param, code="invalid_value")
+        if len(ids) >= opened.context_tokens:
+            raise context_exceeded(len(ids), opened.context_tokens, param=param)
+    bias = _bias(opened, body)
+    seed = gateway.settings.random_bits(63) if body.seed is None else body.seed
+    several = len(prompts) * body.n > 1
+    gateway.metrics.tokens.labels("prompt").inc(sum(len(ids) for ids in prompts))
+    return [
+        GenerateRequest(
+            model=opened.id,
+            prompt_ids=ids,
+            max_tokens=min(max_tokens or opened.context_tokens, opened.context_tokens - len(ids)),
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            min_p=body.min_p,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=bias,
+            seed=(seed + choice) % SEED_MODULUS,
+            logprobs=logprobs,
+            stop_ids=frozenset(opened.tokenizer.eos_ids),
+            request_id=f"{request_id}.{number * body.n + choice}" if several else request_id,
+        )
+        for number, ids in enumerate(prompts)
+        for choice in range(body.n)
+    ]
+
+
+def _bias(opened: OpenModel, body: Generation) -> dict[int, float]:
+    bias = {}
+    for name, value in (body.logit_bias or {}).items():
+        known = name.isascii() and name.isdecimal() and len(name) < 10
+        if not known or int(name) >= opened.tokenizer.vocab_size:
+            raise ApiError(
+                400,
+                f"logit_bias: {name[:32]!r} is not a token id of {opened.id!r} "
+                f"(0 to {opened.tokenizer.vocab_size - 1}).",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        bias[int(name)] = value
+    return bias

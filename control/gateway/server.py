@@ -1,0 +1,119 @@
+"""Runs the gateway's app on a socket inside the control process's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Generator
+
+import uvicorn
+from fastapi import FastAPI
+
+from control.errors import ControlError
+
+BACKLOG = 2048
+GRACE_S = 2.0  # for tasks that were cancelled because the drain took too long
+
+
+class AddressUnavailable(ControlError):
+    """The HTTP address cannot be bound."""
+
+    kind = "address_unavailable"
+
+    def __init__(self, host: str, port: int, why: str) -> None:
+        super().__init__(host, port, why)
+        self.host, self.port, self.why = host, port, why
+
+    def __str__(self) -> str:
+        return (
+            f"cannot listen on {self.host}:{self.port}: {self.why}. Stop what uses the address, "
+            "or choose another with `ctl start --http HOST:PORT` (port 0 takes any free one)."
+        )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the node decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class HttpServer:
+    """One listening socket in front of one app. ``start`` once, ``stop`` once."""
+
+    def __init__(self, app: FastAPI, *, host: str = "127.0.0.1", port: int = 52415) -> None:
+        self._app, self._host, self._port = app, host, port
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[str, int]:
+        """Listen; return the bound host and port once requests are answered.
+
+        Raises:
+            AddressUnavailable: the address is in use, foreign, or not permitted.
+        """
+        listener = await _listen(self._host, self._port)
+        config = uvicorn.Config(
+            self._app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,  # requests carry secrets in headers and paths; metrics count them
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+        )
+        self._server = _Server(config)
+        self._task = asyncio.create_task(self._server.serve([listener]), name="http_server")
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0)
+        if self._task.done():
+            listener.close()
+            await self._task
+        host, port = listener.getsockname()[:2]
+        return str(host), int(port)
+
+    async def wait(self) -> None:
+        """Return when the server has ended; raise what ended it."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuse new connections, let running requests finish for ``drain_s``, cancel the rest."""
+        server, task = self._server, self._task
+        if server is None or task is None:
+            return
+        self._app.state.gateway.stopping.set()
+        server.config.timeout_graceful_shutdown = drain_s  # type: ignore[assignment]
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+        left = set(server.server_state.tasks)
+        if left:
+            await asyncio.wait(left, timeout=GRACE_S)
+        for connection in list(server.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+async def _listen(host: str, port: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise AddressUnavailable(host, port, exc.strerror or str(exc)) from exc
+    try:
+        if hasattr(socket, "SO_REUSEADDR") and hasattr(socket, "AF_UNIX"):
+            # On Windows this option would let a second server take the address over.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as exc:
+        listener.close()
+        raise AddressUnavailable(host, port, exc.strerror or str(exc)) from exc
+    return listener
