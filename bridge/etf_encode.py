@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 from bridge.errors import EncodeError
 from bridge.term import (
@@ -150,7 +150,7 @@ def _int_list(values: list[int]) -> bytes:
         body[0::5] = b"b" * size
         for byte in range(4):
             body[byte + 1 :: 5] = packed[byte::4]
-        return b"%b%bj" % (_TAG_U32(108, size), body)
+        return b"%b%bj" % (_TAG_U32(108, size), bytes(body))
     small, tagged = _SMALL_INTS, _TAG_I32
     if low >= -0x8000_0000 and high < 0x8000_0000:
         parts = [small[v] if 0 <= v < 256 else tagged(98, v) for v in values]
@@ -215,9 +215,12 @@ _LEAVES: Final[dict[type, Callable[[Term], bytes]]] = {
 }
 
 
+_BASES: Final[tuple[type[Any], ...]] = (int, float, Atom, str, bytes, tuple, list, dict)
+
+
 def _plain(term: Term) -> Term:
     """An instance of a subclass (IntEnum, StrEnum, NamedTuple) as what it extends."""
-    for base in (int, float, Atom, str, bytes, tuple, list, dict):
+    for base in _BASES:
         if isinstance(term, base):
             return base(term)
     raise EncodeError(f"{type(term).__name__} has no Erlang form: {_short(term)}")

@@ -80,7 +80,7 @@ class _Identifier:
     def __eq__(self, other: object) -> bool:
         if self.__class__ is not other.__class__:
             return NotImplemented
-        return self.wire == other.wire  # type: ignore[attr-defined]  # same class, checked above
+        return self.wire == other.wire
 
     def __hash__(self) -> int:
         return self._hash
