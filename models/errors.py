@@ -1,0 +1,81 @@
+"""Errors that models raise: a damaged file, a kind of model or field that is not supported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ModelError(Exception):
+    """Base of every error about a model; ``kind`` is the short name remote callers see."""
+
+    kind = "model_error"
+
+
+class CorruptModel(ModelError):
+    """A model file contradicts its format or its own header."""
+
+    kind = "corrupt_model"
+
+    def __init__(
+        self,
+        path: Path | str,
+        why: str,
+        *,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        super().__init__(str(path), why)
+        self.path, self.why, self.tensor = str(path), why, tensor
+        self.expected, self.found = expected, found
+
+    def __str__(self) -> str:
+        where = f", tensor {self.tensor!r}" if self.tensor is not None else ""
+        numbers = (
+            f" (expected {self.expected}, found {self.found})" if self.expected is not None else ""
+        )
+        return (
+            f"corrupt model {self.path}{where}: {self.why}{numbers}. "
+            "Delete the file and fetch it again."
+        )
+
+
+class UnsupportedModel(ModelError):
+    """The file is sound, but needs something that is not built."""
+
+    kind = "unsupported_model"
+
+    def __init__(self, path: Path | str, what: str) -> None:
+        super().__init__(str(path), what)
+        self.path, self.what = str(path), what
+
+    def __str__(self) -> str:
+        return f"unsupported model {self.path}: {self.what}"
+
+
+class NoSuchModel(ModelError):
+    """The path holds no model file."""
+
+    kind = "no_such_model"
+
+    def __init__(self, path: Path | str, why: str) -> None:
+        super().__init__(str(path), why)
+        self.path, self.why = str(path), why
+
+    def __str__(self) -> str:
+        return (
+            f"no model at {self.path}: {self.why}. "
+            "Give a GGUF file, or a folder with config.json and *.safetensors."
+        )
+
+
+class TemplateError(ModelError):
+    """A chat template refused the messages, or is itself faulty."""
+
+    kind = "template_error"
+
+
+class BadCard(ModelError):
+    """A model card has an unknown field, a wrong type or an impossible value."""
+
+    kind = "bad_card"

@@ -1,0 +1,61 @@
+"""Number formats of stored weights: block sizes, and exact dequantisation to float32 with numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One storage format: ``block_size`` weights take ``block_bytes`` bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+SUPPORTED = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
+KINDS: dict[str, Kind] = {
+    name: Kind(name, *GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in SUPPORTED
+}
+
+
+def to_float32(packed: Bytes, kind: str) -> Floats:
+    """Dequantise rows of raw blocks.
+
+    Args:
+        packed: uint8 (rows, bytes_per_row), whole blocks.
+        kind: one of ``SUPPORTED``.
+
+    Returns:
+        float32 (rows, columns), a fresh array; the value of every weight is exactly what the
+        format defines in float32 arithmetic.
+
+    Source: ggml's ``dequantize_row_*``, through the ``gguf`` package.
+    """
+    rows = packed.shape[0]
+    columns = packed.shape[1] // KINDS[kind].block_bytes * KINDS[kind].block_size
+    packed = np.ascontiguousarray(packed)
+    if packed.size == 0:
+        return np.zeros((rows, columns), dtype=np.float32)
+    values: npt.NDArray[Any]
+    if kind == "F32":
+        values = packed.view(np.float32).copy()
+    elif kind == "F16":
+        values = packed.view(np.float16).astype(np.float32)
+    elif kind == "BF16":
+        values = (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.asarray(dequantize(packed, GGMLQuantizationType[kind]), dtype=np.float32)
+    return values.reshape(rows, columns)
