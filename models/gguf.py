@@ -21,14 +21,8 @@ MAX_DIMS = 4
 MAX_NAME_BYTES = 1024
 STRING, ARRAY = 8, 9
 # value type -> struct code; bool (7) is one byte
-SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
-    **{10: "Q", 11: "q", 12: "d"},
-}
-NUMPY = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1"},
-    **{10: "<u8", 11: "<i8", 12: "<f8"},
-}
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+NUMPY = {kind: np.dtype("<" + code) for kind, code in SCALARS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +270,8 @@ class _Parser:
     def array(self, key: str) -> Value:
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind in NUMPY:
-            dtype = np.dtype(NUMPY[kind])
-            raw = self.take(count * dtype.itemsize, f"array {key!r}")
-            return np.frombuffer(raw, dtype=dtype)
+            raw = self.take(count * NUMPY[kind].itemsize, f"array {key!r}")
+            return np.frombuffer(raw, dtype=NUMPY[kind])
         if kind != STRING:
             raise CorruptModel(
                 self.path,

@@ -83,9 +83,7 @@ def open_sharded(folder: Path) -> dict[str, StoredTensor]:
         if not isinstance(placed, dict) or not all(
             isinstance(name, str) and name == Path(name).name for name in placed.values()
         ):
-            raise CorruptModel(
-                index, "field 'weight_map'", expected="tensor to file name", found=""
-            )
+            raise CorruptModel(index, "field 'weight_map' is not names to file names")
         files = {name: open_safetensors(folder / name) for name in sorted(set(placed.values()))}
         for tensor, name in placed.items():
             if tensor not in files[name]:

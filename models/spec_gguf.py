@@ -9,7 +9,7 @@ import numpy as np
 
 from models.errors import CorruptModel, UnsupportedModel
 from models.gguf import GgufFile
-from models.spec import Activation, Family, ModelSpec, RopeScaling, RopeSpec
+from models.spec import Activation, Family, ModelSpec, RopeSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,6 @@ def from_gguf(file: GgufFile, tensor_names: Collection[str] | None = None) -> Mo
 
 def _rope(file: GgufFile, name: str, dim: int) -> RopeSpec:
     theta = file.number(f"{name}.rope.freq_base") or 10000.0
-    scaling: RopeScaling
     divisors = file.tensors.get("rope_freqs.weight")
     if divisors is not None:
         if divisors.kind != "F32" or divisors.shape != (dim // 2,):

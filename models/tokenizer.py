@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for every format; streams text without splitting characters."""
+"""Text to token ids and back, the same for every format; streams never split a character."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Spelling = Literal["byte_level", "pieces"]
 END_TEXTS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
     *("<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eot|>", "<EOT>", "_<EOT>"),
-    *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>"),
+    *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"),
 )
 
 
@@ -82,9 +82,8 @@ class Tokenizer:
         strip_first_space: bool = False,
     ) -> None:
         self.backend = backend
-        self.vocab_size: int = (
-            max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids, default=-1) + 1
         self.special_ids = frozenset(special_ids)
         ends = {
             token_id

@@ -43,7 +43,12 @@ def load(file: GgufFile) -> Tokenizer:
     else:
         raise UnsupportedModel(file.path, f"tokenizer {model!r}; read are 'gpt2' and 'llama'")
     special = [n for n, kind in enumerate(types) if kind == CONTROL]
-    plain = [n for n, kind in enumerate(types) if kind == USER_DEFINED]
+    # tokens that the vocabulary spells otherwise (Gemma's runs of spaces) come about by merging
+    plain = [
+        n
+        for n, kind in enumerate(types)
+        if kind == USER_DEFINED and backend.token_to_id(tokens[n]) == n
+    ]
     backend.add_special_tokens([_added(tokens[n], special=True) for n in special])
     backend.add_tokens([_added(tokens[n], special=False) for n in plain])
     ids = {key: _token_id(file, key, len(tokens)) for key in (*END_KEYS, "bos_token_id")}
