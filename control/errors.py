@@ -14,11 +14,13 @@ class UnknownModel(ControlError):
 
     kind = "unknown_model"
 
-    def __init__(self, model: str, known: tuple[str, ...] = ()) -> None:
-        super().__init__(model, known)
-        self.model, self.known = model, known
+    def __init__(self, model: str, known: tuple[str, ...] = (), *, told: str = "") -> None:
+        super().__init__(model, known, told)
+        self.model, self.known, self.told = model, known, told  # told: text of another process
 
     def __str__(self) -> str:
+        if self.told:
+            return self.told
         seen = ", ".join(sorted(self.known)[:8]) or "none"
         return f"unknown model {self.model!r}; known: {seen}. See `ctl model list`."
 

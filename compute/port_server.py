@@ -1,0 +1,241 @@
+"""The gen_server of a port: loads a model, takes requests, sends tokens straight back.
+
+Messages (all terms; ids are integers, text is UTF-8 binaries):
+
+======================================================  =====================================
+call ``{load, #{...}}``                                 ``{ok, Facts}`` or ``{error, Kind, Text}``
+call ``facts``                                          the map of ``Facts``
+cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done``
+cast ``{cancel, Ref}``                                  the request ends as ``cancelled``
+cast ``{own, Pid}``                                     beats go to ``Pid`` from now on
+cast ``stop``                                           the port ends
+sends ``{token, Ref, Index, Id, LogProb, Top}``         to the requester
+sends ``{done, Ref, Reason, Text}``                     to the requester
+sends ``{beat, Port, Steps, Busy, Active, Bytes}``      to the owner
+sends ``{load_progress, Port, Done, Total}``            to the owner
+======================================================  =====================================
+
+A requester is monitored: when it dies, its requests are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bridge import gen_server
+from bridge.gen_server import NOREPLY, GenServer, Stop
+from bridge.process import Process
+from bridge.term import Atom, Pid, Ref, Term
+from compute.engine_thread import EngineThread, Event
+from compute.requests import BadRequest, LoadOrder, to_submit
+from compute.worker import Token, Worker
+
+
+@dataclass(slots=True)
+class _Live:
+    """One request in the worker."""
+
+    requester: Pid
+    monitor: Ref
+
+
+class PortServer(GenServer):
+    """One rank. ``end(status)`` ends the OS process; it is passed in so that tests can watch it."""
+
+    def __init__(self, port_id: str, *, end: Callable[[int], None]) -> None:
+        super().__init__()
+        self.port_id = port_id
+        self.order: LoadOrder | None = None
+        self.facts: dict[Any, Term] = {}
+        self.owner: Pid | None = None
+        self._end = end
+        self._live: dict[Ref, _Live] = {}
+        self._process = psutil.Process()
+        self._thread = EngineThread(emit=self._from_thread(self._deliver), on_crash=self._crashed)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def init(self, me: Process) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        self._thread.run(_import_engine)
+
+    def describe(self) -> dict[Any, Term]:
+        """What the port says of itself when it meets its owner, new or old."""
+        order = self.order
+        return {
+            Atom("port_id"): self.port_id,
+            Atom("os_pid"): os.getpid(),
+            Atom("instance"): order.instance if order else Atom("undefined"),
+            Atom("rank"): order.rank if order else -1,
+            Atom("fingerprint"): order.fingerprint() if order and self.facts else "",
+        }
+
+    async def handle_call(self, request: Term, from_: Term) -> Term:
+        match request:
+            case ("load", dict(options)):
+                return await self._load(options, from_)
+            case "facts":
+                return dict(self.facts)
+            case _:
+                return await super().handle_call(request, from_)
+
+    async def handle_cast(self, request: Term) -> None:
+        match request:
+            case ("submit", Pid() as requester, Ref() as ref, dict(options)):
+                self._submit(requester, ref, options)
+            case ("cancel", Ref() as ref):
+                self._thread.cancel(ref)
+            case ("own", Pid() as owner):
+                self.owner = owner
+            case "stop":
+                raise Stop(Atom("normal"))
+            case _:
+                await super().handle_cast(request)
+
+    async def handle_info(self, message: Term) -> None:
+        match message:
+            case ("DOWN", Ref() as monitor, "process", _, _):
+                for ref, live in list(self._live.items()):
+                    if live.monitor == monitor:
+                        self._thread.cancel(ref)
+            case _:
+                await super().handle_info(message)
+
+    def beat(self) -> None:
+        """Tell the owner that this rank lives, and how far it has come."""
+        if self.owner is not None:
+            self.me.send(
+                self.owner,
+                (
+                    Atom("beat"),
+                    self.me.pid,
+                    self._thread.steps,
+                    self._thread.busy,
+                    len(self._live),
+                    self._process.memory_info().rss,
+                ),
+            )
+
+    # -- loading ---------------------------------------------------------------------------
+
+    async def _load(self, options: dict[Any, Term], from_: Term) -> Term:
+        try:
+            order = LoadOrder.from_term(options)
+        except BadRequest as exc:
+            return (Atom("error"), Atom("bad_order"), str(exc))
+        if (
+            self.order is not None
+            and self.facts
+            and self.order.fingerprint() == order.fingerprint()
+        ):
+            self.order = order  # adopted by a restarted control process: the weights stay
+            return (Atom("ok"), dict(self.facts))
+        if self.order is not None:
+            return (Atom("error"), Atom("busy"), f"this port already holds {self.order.instance}")
+        self.order = order
+        future = self._thread.run(lambda: self._load_worker(order))
+        asyncio.wrap_future(future).add_done_callback(lambda done: self._loaded(done, from_))
+        return NOREPLY
+
+    def _load_worker(self, order: LoadOrder) -> dict[Any, Term]:
+        """Runs on the engine thread."""
+        from compute.engine import load_engine  # torch: seconds to import, so not at start
+
+        engine = load_engine(
+            Path(order.path),
+            context_tokens=order.context_tokens,
+            num_slots=order.num_slots,
+            threads=order.threads,
+            device=order.device or None,
+            on_progress=self._from_thread(self._progress),
+        )
+        self._thread.set_worker(Worker(engine, prefill_chunk_tokens=order.prefill_chunk_tokens))
+        spec = engine.spec
+        return {
+            Atom("device"): engine.device,
+            Atom("memory_bytes"): engine.memory_bytes,
+            Atom("context_tokens"): engine.context_tokens,
+            Atom("layers"): [0, spec.num_layers],
+            Atom("kv_heads"): [0, spec.num_kv_heads],
+        }
+
+    def _loaded(self, done: asyncio.Future[dict[Any, Term]], from_: Term) -> None:
+        error = done.exception()
+        if error is None:
+            self.facts = done.result()
+            gen_server.reply(self.me, from_, (Atom("ok"), dict(self.facts)))
+            return
+        self.order = None
+        kind = getattr(error, "kind", None) or _snake(type(error).__name__)
+        gen_server.reply(self.me, from_, (Atom("error"), Atom(kind), str(error)))
+
+    def _progress(self, done: int, total: int) -> None:
+        if self.owner is not None:
+            self.me.send(self.owner, (Atom("load_progress"), self.me.pid, done, total))
+
+    # -- requests --------------------------------------------------------------------------
+
+    def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
+        try:
+            request = to_submit(ref, options)
+        except BadRequest as exc:
+            self.me.send(requester, (Atom("done"), ref, Atom("error"), str(exc)))
+            return
+        self._live[ref] = _Live(requester, self.me.monitor(requester))
+        self._thread.submit(request)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            live = self._live.get(event.request_id)  # type: ignore[call-overload]  # ids are Refs here
+            if live is None:
+                continue
+            ref = event.request_id
+            if isinstance(event, Token):
+                logprob: Term = Atom("undefined") if event.logprob is None else event.logprob
+                top = [(token_id, value) for token_id, value in event.top]
+                self.me.send(
+                    live.requester,
+                    (Atom("token"), ref, event.index, event.token_id, logprob, top),
+                )
+            else:
+                del self._live[ref]  # type: ignore[arg-type]
+                self.me.demonitor(live.monitor)
+                self.me.send(
+                    live.requester, (Atom("done"), ref, Atom(event.reason), event.text)
+                )
+
+    # -- the other thread ------------------------------------------------------------------
+
+    def _from_thread(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Make ``function`` callable from the engine thread; it runs on the event loop."""
+
+        def hand_over(*args: object) -> None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(function, *args)
+
+        return hand_over
+
+    def _crashed(self, error: BaseException) -> None:
+        """The engine thread died: this rank cannot know its state, so it ends."""
+        import traceback
+
+        traceback.print_exception(error)
+        self._end(70)
+
+
+def _import_engine() -> None:
+    """Import the heavy packages while the port waits for orders, so that loading is short."""
+    from compute.engine import warm_up
+
+    warm_up()
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,195 @@
+"""One generation from start to end, across as many epochs of an instance as it takes.
+
+The loop: find who serves the model, submit prompt plus tokens so far, pass tokens on;
+when the server is lost, find the next one. A token of an older submission carries an
+older reference and is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bridge import gen_server
+from bridge.node import Node
+from bridge.process import Process
+from bridge.process_errors import ReceiveTimeout
+from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
+from control.backend import DoneEvent, GenerateRequest, TokenEvent
+from control.errors import NotReady
+from control.journal import Entry, Journal, LostToken
+from control.scheduler import find_server
+
+SUBMIT_S = 10.0
+RETRY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationLimits:
+    """How long a generation waits before it ends as an error.
+
+    Attributes:
+        route_s: for an instance that serves the model (loading, recovering).
+        token_s: for the next token of a live instance.
+    """
+
+    route_s: float = 600.0
+    token_s: float = 600.0
+
+
+@dataclass(slots=True)
+class _Lost:
+    """The server of this submission is gone."""
+
+    why: str
+
+
+async def generate(
+    node: Node,
+    journal: Journal,
+    request: GenerateRequest,
+    *,
+    limits: GenerationLimits,
+    on_recovery: Callable[[float], None] = lambda pause_s: None,
+) -> AsyncIterator[TokenEvent | DoneEvent]:
+    """Stream one generation; closing the iterator cancels it at the rank.
+
+    Args:
+        on_recovery: told the pause in seconds between the loss of a server and the first
+            token of the next one.
+    """
+    entry_id, entry = journal.open(request)
+    lost_at_s: float | None = None
+    try:
+        with node.open_process(label=f"request {request.request_id}") as me:
+            while True:
+                if not entry.begin_attempt():
+                    yield DoneEvent(
+                        "error",
+                        f"{entry.attempts} servers were lost on this request without a token",
+                    )
+                    return
+                async for event in _attempt(me, entry, limits):
+                    match event:
+                        case TokenEvent():
+                            if lost_at_s is not None:
+                                on_recovery(time.monotonic() - lost_at_s)
+                                lost_at_s = None
+                            yield event
+                        case DoneEvent():
+                            yield event
+                            return
+                        case _Lost():
+                            lost_at_s = lost_at_s or time.monotonic()
+                await asyncio.sleep(RETRY_S)
+    finally:
+        journal.close(entry_id)
+
+
+async def _attempt(
+    me: Process, entry: Entry, limits: GenerationLimits
+) -> AsyncIterator[TokenEvent | DoneEvent | _Lost]:
+    """One submission. Ends with a DoneEvent or a _Lost."""
+    if len(entry.tokens) >= entry.request.max_tokens:
+        yield DoneEvent("length")  # the server died between its last token and its last word
+        return
+    try:
+        instance, coordinator = await find_server(
+            me, entry.request.model, timeout_s=limits.route_s
+        )
+    except NotReady as exc:
+        yield DoneEvent("error", str(exc))
+        return
+    monitor = me.monitor(coordinator)
+    ref = me.make_ref()
+    entry.instance = instance
+    try:
+        submit = (Atom("submit"), ref, _options(entry))
+        match await gen_server.call(me, coordinator, submit, timeout_s=SUBMIT_S):
+            case ("ok", int(epoch)):
+                entry.epoch = epoch
+            case other:
+                entry.attempts_without_token -= 1  # it was never tried
+                yield _Lost(repr(other))
+                return
+    except gen_server.CallError as exc:
+        yield _Lost(str(exc))
+        return
+    first = True
+    try:
+        while True:
+            match await me.receive(_of(ref, monitor), timeout_s=limits.token_s):
+                case ("token", _, int(index), int(token_id), logprob, list(top)):
+                    event = TokenEvent(index, token_id, _number(logprob), tuple(map(_pair, top)))
+                    if entry.accept(event):
+                        if first:
+                            gen_server.cast(me, coordinator, (Atom("progress"), ref))
+                            first = False
+                        yield event
+                case ("done", _, reason, text):
+                    yield DoneEvent(_reason(str(reason)), text_of(text))
+                    return
+                case ("DOWN", _, _, _, reason):
+                    yield _Lost(repr(reason))
+                    return
+    except ReceiveTimeout:
+        yield DoneEvent("error", f"no token for {limits.token_s:.0f} s from instance {instance}")
+    except LostToken as exc:
+        yield _Lost(str(exc))
+    finally:
+        me.demonitor(monitor)
+
+
+def _of(ref: Ref, monitor: Ref) -> Callable[[Term], Term | None]:
+    """Match what belongs to this submission."""
+
+    def match(message: Term) -> Term | None:
+        match message:
+            case ("token" | "done", found, *_) if found == ref:
+                return message
+            case ("DOWN", found, _, _, _) if found == monitor:
+                return message
+            case ("token" | "done", *_):
+                return ("stale",)  # an older submission of ours: taken out and dropped
+            case _:
+                return None
+
+    return match
+
+
+def _options(entry: Entry) -> dict[Any, Term]:
+    r = entry.request
+    return {
+        Atom("prompt"): list(r.prompt_ids),
+        Atom("generated"): list(entry.tokens),
+        Atom("max_tokens"): r.max_tokens,
+        Atom("temperature"): float(r.temperature),
+        Atom("top_p"): float(r.top_p),
+        Atom("top_k"): r.top_k,
+        Atom("min_p"): float(r.min_p),
+        Atom("presence_penalty"): float(r.presence_penalty),
+        Atom("frequency_penalty"): float(r.frequency_penalty),
+        Atom("logit_bias"): [(k, float(v)) for k, v in sorted(r.logit_bias.items())],
+        Atom("seed"): r.seed,
+        Atom("stop_ids"): sorted(r.stop_ids),
+        Atom("logprobs"): -1 if r.logprobs is None else r.logprobs,
+    }
+
+
+def _number(value: Term) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _pair(value: Term) -> tuple[int, float]:
+    token_id, logprob = value
+    return int(token_id), float(logprob)
+
+
+def _reason(text: str) -> Any:
+    return text if text in ("stop", "length", "cancelled", "error") else "error"
+
+

@@ -1,0 +1,189 @@
+"""One rank of an instance: holds a port on lease and dies when the port is lost.
+
+Four signs of a lost port: its OS process ended, its socket closed, its node's monitor
+fired, its beats stopped. The first three are certain. Silence is not: a silent port is
+killed only on a second sign (the OS says it is stopped, or a ping goes unanswered),
+and never while our own event loop was late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from bridge import gen_server
+from bridge.gen_server import GenServer, Stop
+from bridge.process import Process
+from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
+from control.os_process import OsIdentity
+
+CHECK_S = 0.25
+RELEASE_S = 7.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLimits:
+    """When silence counts.
+
+    Attributes:
+        silence_s: without a beat, the port is suspected.
+        ping_s: a suspected port that does not answer this long is killed.
+        step_s: a port whose engine makes no step this long while busy is killed.
+        lease_s: longest wait for a port.
+    """
+
+    silence_s: float = 1.5
+    ping_s: float = 1.0
+    step_s: float = 300.0
+    lease_s: float = 70.0
+
+
+def is_silent(now_s: float, beat_s: float, checked_s: float, limits: RankLimits) -> bool:
+    """Whether a port whose last beat came at ``beat_s`` is suspected at ``now_s``.
+
+    ``checked_s`` is when we last looked: where that is long ago, we were late ourselves and
+    its beats may still wait in our mailbox.
+    """
+    return now_s - beat_s > limits.silence_s and now_s - checked_s < 2 * CHECK_S
+
+
+class Rank(GenServer):
+    """Leaseholder of one port.
+
+    Args:
+        instance: id of the instance.
+        rank: place in the shard group.
+    """
+
+    def __init__(self, instance: str, rank: int, limits: RankLimits | None = None) -> None:
+        super().__init__()
+        self.instance, self.rank = instance, rank
+        self._limits = limits or RankLimits()
+        self.port: Pid | None = None
+        self.port_id = ""
+        self.os_pid = 0
+        self._identity: OsIdentity | None = None
+        self._monitor: Ref | None = None
+        self._beat_s = self._checked_s = self._step_s = 0.0
+        self._steps = -1
+        self._suspected = False
+        self.active = 0
+        self.memory_bytes = 0
+        self.load_progress = (0, 0)
+
+    def format_state(self) -> Term:
+        return self.describe()
+
+    def describe(self) -> dict[Any, Term]:
+        """What the coordinator and ``ctl status`` show."""
+        return {
+            Atom("rank"): self.rank,
+            Atom("os_pid"): self.os_pid,
+            Atom("port"): self.port or Atom("undefined"),
+            Atom("port_id"): self.port_id,
+            Atom("memory_bytes"): self.memory_bytes,
+            Atom("load_done"): self.load_progress[0],
+            Atom("load_total"): self.load_progress[1],
+        }
+
+    async def init(self, me: Process) -> None:
+        self.me.trap_exit = True  # terminate must release the port
+        answer = await gen_server.call(
+            self.me,
+            Atom("ports"),
+            (Atom("lease"), self.instance, self.rank),
+            timeout_s=self._limits.lease_s,
+        )
+        match answer:
+            case ("ok", port_id, Pid() as port, int(os_pid)):
+                self.port, self.os_pid = port, os_pid
+                self.port_id = text_of(port_id)
+                self._identity = OsIdentity.of(os_pid)
+                self._monitor = self.me.monitor(port)
+                gen_server.cast(self.me, port, (Atom("own"), self.me.pid))
+                self._beat_s = self._checked_s = self._step_s = self._now_s()
+                self._check_later()
+            case ("error", _, text):
+                raise Stop((Atom("no_port"), text_of(text)))
+            case other:
+                raise Stop((Atom("no_port"), repr(other)))
+
+    async def handle_call(self, request: Term, from_: Term) -> Term:
+        match request:
+            case "describe":
+                return self.describe()
+            case _:
+                return await super().handle_call(request, from_)
+
+    async def handle_info(self, message: Term) -> None:
+        match message:
+            case ("beat", _, int(steps), busy, int(active), int(memory_bytes)):
+                self._on_beat(steps, bool(busy), active, memory_bytes)
+            case ("load_progress", _, int(done), int(total)):
+                self.load_progress = (done, total)
+            case ("check",):
+                self._check()
+            case ("port_exit", _, text):
+                raise self._lost(text_of(text))
+            case ("DOWN", ref, _, _, reason) if ref == self._monitor:
+                raise self._lost(f"link lost: {reason}")
+            case ("ping_failed", text):
+                raise self._lost(text_of(text))
+            case ("ping_ok",):
+                self._suspected = False
+            case ("EXIT", _, _):
+                pass  # a ping that ended; it has said what it found
+            case _:
+                await super().handle_info(message)
+
+    async def terminate(self, reason: Term) -> None:
+        if not self.port_id:
+            return
+        if self._identity is not None:
+            self._identity.kill_group()  # at once: nothing in a port is worth waiting for
+        try:
+            await gen_server.call(
+                self.me, Atom("ports"), (Atom("release"), self.port_id), timeout_s=RELEASE_S
+            )
+        except gen_server.CallError:
+            pass  # `ports` is ending too and kills its children itself
+
+    # -- signs of life ---------------------------------------------------------------------
+
+    def _on_beat(self, steps: int, busy: bool, active: int, memory_bytes: int) -> None:
+        now_s = self._now_s()
+        self._beat_s, self.active, self.memory_bytes = now_s, active, memory_bytes
+        if steps != self._steps or not busy:
+            self._steps, self._step_s = steps, now_s
+
+    def _check(self) -> None:
+        now_s = self._now_s()
+        silent = is_silent(now_s, self._beat_s, self._checked_s, self._limits)
+        self._checked_s = now_s
+        self._check_later()
+        if now_s - self._step_s > self._limits.step_s:
+            raise self._lost(f"made no step for {now_s - self._step_s:.0f} s while busy")
+        if silent and self._identity is not None and self._identity.stopped():
+            raise self._lost(f"silent for {now_s - self._beat_s:.1f} s and stopped by a signal")
+        if silent and not self._suspected:
+            self._suspected = True
+            self.me.spawn(self._ping, link=True, label=f"ping {self.port_id}")
+
+    async def _ping(self, me: Process) -> None:
+        assert self.port is not None
+        try:
+            await gen_server.call(me, self.port, Atom("facts"), timeout_s=self._limits.ping_s)
+            me.send(self.me.pid, (Atom("ping_ok"),))
+        except gen_server.CallError as exc:
+            me.send(self.me.pid, (Atom("ping_failed"), f"silent, and no answer to a ping: {exc}"))
+
+    def _lost(self, text: str) -> Stop:
+        return Stop((Atom("rank_lost"), self.rank, text))
+
+    def _check_later(self) -> None:
+        self.me.send_after(CHECK_S, self.me.pid, (Atom("check"),))
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
