@@ -1,0 +1,36 @@
+"""Errors of the surfaces that a user can do something about: what, where, next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class OpsError(Exception):
+    """Base of every error that ``ctl`` prints without a traceback."""
+
+
+class HomeError(OpsError):
+    """The home folder, or a file in it, cannot be used."""
+
+    def __init__(self, path: Path, why: str, advice: str) -> None:
+        super().__init__(path, why, advice)
+        self.path, self.why, self.advice = path, why, advice
+
+    def __str__(self) -> str:
+        return f"home: {self.path}: {self.why}. {self.advice}"
+
+
+class HomeBusy(HomeError):
+    """Another live node uses this home."""
+
+
+class ConfigError(OpsError):
+    """``config.yaml`` is not valid; one line ``file:line field: why`` a problem."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(tuple(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
