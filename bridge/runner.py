@@ -111,5 +111,5 @@ def report_crash(process: Process, reason: Term, error: BaseException) -> None:
         process.mailbox_length,
         list(process.links),
         exc_info=None if isinstance(error, Exit) else error,
-        extra={"process": who, "pid": str(process.pid), "reason": repr(reason)},
+        extra={"crashed": who, "pid": str(process.pid), "reason": repr(reason)},
     )
