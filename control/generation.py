@@ -8,8 +8,10 @@ older reference and is dropped.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from control.backend import DoneEvent, GenerateRequest, TokenEvent
 from control.errors import NotReady
 from control.journal import Entry, Journal, LostToken
 from control.scheduler import find_server
+
+log = logging.getLogger("control.generation")
 
 SUBMIT_S = 10.0
 RETRY_S = 0.05
@@ -55,7 +59,7 @@ async def generate(
     *,
     limits: GenerationLimits,
     on_recovery: Callable[[float], None] = lambda pause_s: None,
-) -> AsyncIterator[TokenEvent | DoneEvent]:
+) -> AsyncGenerator[TokenEvent | DoneEvent, None]:
     """Stream one generation; closing the iterator cancels it at the rank.
 
     Args:
@@ -73,18 +77,20 @@ async def generate(
                         f"{entry.attempts} servers were lost on this request without a token",
                     )
                     return
-                async for event in _attempt(me, entry, limits):
-                    match event:
-                        case TokenEvent():
-                            if lost_at_s is not None:
-                                on_recovery(time.monotonic() - lost_at_s)
-                                lost_at_s = None
-                            yield event
-                        case DoneEvent():
-                            yield event
-                            return
-                        case _Lost():
-                            lost_at_s = lost_at_s or time.monotonic()
+                async with aclosing(_attempt(me, entry, limits)) as events:
+                    async for event in events:
+                        match event:
+                            case TokenEvent():
+                                if lost_at_s is not None:
+                                    on_recovery(time.monotonic() - lost_at_s)
+                                    lost_at_s = None
+                                yield event
+                            case DoneEvent():
+                                yield event
+                                return
+                            case _Lost(why):
+                                log.warning("%s: %s; going on elsewhere", request.request_id, why)
+                                lost_at_s = lost_at_s or time.monotonic()
                 await asyncio.sleep(RETRY_S)
     finally:
         journal.close(entry_id)
@@ -92,7 +98,7 @@ async def generate(
 
 async def _attempt(
     me: Process, entry: Entry, limits: GenerationLimits
-) -> AsyncIterator[TokenEvent | DoneEvent | _Lost]:
+) -> AsyncGenerator[TokenEvent | DoneEvent | _Lost, None]:
     """One submission. Ends with a DoneEvent or a _Lost."""
     if len(entry.tokens) >= entry.request.max_tokens:
         yield DoneEvent("length")  # the server died between its last token and its last word

@@ -5,8 +5,9 @@ call ``{load, Model, Options}``                   ``{ok, InstanceId}`` | ``{erro
 call ``{unload, InstanceId}``                     ``ok`` | ``{error, not_found, Text}``
 call ``{find, Model}``                            ``{ok, InstanceId, Pid}`` once one is ready
 call ``instances``                                list of ``{Pid | undefined, Map}``
-call ``{path, Model}``                            ``{ok, ModelId, Path}`` | ``{error, Kind, Text}``
-call ``{set_default, Model}``                     ``ok``
+call ``{path, Model}``                            ``{ok, Id, Path, Context}`` | ``{error, Kind, Text}``
+call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
+call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
 ================================================  ==========================================
 
 What takes long (fetching, loading, draining) runs in processes of its own; this one only
@@ -133,6 +134,10 @@ class Scheduler(GenServer):
                 return self._path_of(text_of(model))
             case ("set_default", model):
                 self._save(self.desired.with_default(self._resolve(text_of(model)).id))
+                return Atom("ok")
+            case ("replace_default", old, new):
+                if self.desired.default == text_of(old):
+                    self._save(self.desired.with_default(self._resolve(text_of(new)).id))
                 return Atom("ok")
             case "instances":
                 return [
@@ -349,7 +354,7 @@ class Scheduler(GenServer):
         model = self._model_id(name)
         for record in self.records.values():
             if record.model == model and record.spec is not None:
-                return (Atom("ok"), model, str(record.spec.path))
+                return (Atom("ok"), model, str(record.spec.path), record.spec.context_tokens)
         return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
 
     # -- after a restart -------------------------------------------------------------------

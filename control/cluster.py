@@ -1,0 +1,214 @@
+"""The registered process ``cluster``: what Erlang, ``ctl`` and the shells ask, as CONTRACT
+section 4 lists it. Unknown calls are answered, never fatal; long ones run in processes
+of their own, so that this one always answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from bridge import gen_server
+from bridge.gen_server import NOREPLY, GenServer
+from bridge.process import Process
+from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
+from control import remote_generate
+from control.cluster_api import ClusterApi
+from control.errors import ControlError
+from control.remote_generate import Options, usage_term
+
+log = logging.getLogger("control.cluster")
+
+STORE_S = 30.0
+_OK = Atom("ok")
+Job = Callable[[], Awaitable[Term]]
+
+
+class Cluster(GenServer):
+    """The facade.
+
+    Args:
+        api: the cluster's answers.
+        stop: begins the end of this node; told whether to drop what runs.
+    """
+
+    def __init__(self, api: ClusterApi, *, stop: Callable[[bool], None]) -> None:
+        super().__init__()
+        self._api, self._stop = api, stop
+
+    def format_state(self) -> Term:
+        return {
+            Atom("cluster"): self._api.cluster_name,
+            Atom("requests_in_flight"): len(self._api.journal),
+        }
+
+    async def init(self, me: Process) -> None:
+        me.trap_exit = True  # a failed job must not end the facade
+
+    async def handle_info(self, message: Term) -> None:
+        match message:
+            case ("EXIT", _, _):
+                pass
+            case _:
+                await super().handle_info(message)
+
+    async def handle_call(self, request: Term, from_: Term) -> Term:
+        api = self._api
+        match request:
+            case "status":
+                return self._spawn(from_, api.status_term)
+            case "instances":
+                return self._spawn(from_, api.instances)
+            case "leader":
+                return self._forward(from_, "election", Atom("leader"))
+            case "nodes":
+                return self._forward(from_, "membership", Atom("nodes"))
+            case "topology":
+                return self._spawn(from_, api.topology)
+            case "models":
+                return self._spawn(from_, api.catalogue)
+            case "tree":
+                return self._spawn(from_, api.tree_term)
+            case ("load", model):
+                return self._spawn(from_, lambda: self._load(model, {}))
+            case ("load", model, dict(options)):
+                return self._spawn(from_, lambda: self._load(model, options))
+            case ("unload", instance):
+                return self._spawn(from_, lambda: self._unload(instance))
+            case ("swap", old, new):
+                return self._spawn(from_, lambda: self._swap(old, new))
+            case ("place", model, dict()):
+                return self._spawn(from_, lambda: self._place(model))
+            case ("pull", model):
+                return self._forward(from_, "model_store", (Atom("pull"), text_of(model)))
+            case ("pull_progress", model):
+                return self._forward(from_, "model_store", (Atom("progress"), text_of(model)))
+            case ("subscribe", Pid() as pid):
+                return self._forward(from_, "events", (Atom("subscribe"), pid))
+            case ("stop", bool(now)):
+                self._stop(now)
+                return _OK
+            case ("generate", model, prompt, dict(options)):
+                return self._generate(from_, text_of(model), prompt, options)
+            case _:
+                return await super().handle_call(request, from_)
+
+    # -- jobs ------------------------------------------------------------------------------
+
+    def _spawn(self, from_: Term, job: Job) -> Any:
+        """Run ``job`` in a process of its own and answer with what it returns or raises."""
+
+        async def run(me: Process) -> None:
+            try:
+                answer = await job()
+            except ControlError as exc:
+                answer = _error(exc)
+            except gen_server.CallError as exc:  # a part of the tree is being restarted
+                answer = (Atom("error"), Atom("unavailable"), f"{exc}; try again".encode())
+            gen_server.reply(me, from_, answer)
+
+        self.me.spawn(run, link=True, label="cluster call")
+        return NOREPLY
+
+    def _forward(self, from_: Term, name: str, request: Term) -> Any:
+        async def ask() -> Term:
+            return await gen_server.node_call(
+                self.me.node, Atom(name), request, timeout_s=STORE_S
+            )
+
+        return self._spawn(from_, ask)
+
+    async def _load(self, model: Term, options: dict[Any, Term]) -> Term:
+        return (_OK, await self._api.load_with(text_of(model), options))
+
+    async def _unload(self, instance: Term) -> Term:
+        await self._api.unload(text_of(instance))
+        return _OK
+
+    async def _swap(self, old: Term, new: Term) -> Term:
+        return (_OK, await self._api.swap(text_of(old), text_of(new)))
+
+    async def _place(self, model: Term) -> Term:
+        from control.backend import LoadOptions
+
+        return (_OK, await self._api.place(text_of(model), LoadOptions()))
+
+    # -- generate --------------------------------------------------------------------------
+
+    def _generate(self, from_: Term, model: str, prompt: Term, raw: dict[Any, Term]) -> Any:
+        try:
+            options = Options.from_term(raw)
+        except ControlError as exc:
+            return _error(exc)
+        if options.stream_to is not None:
+            return self._stream(from_, options.stream_to, model, prompt, options)
+
+        async def whole() -> Term:
+            text, last = "", None
+            prepared = await remote_generate.prepare(self._api, model, prompt, options)
+            async with aclosing(remote_generate.pieces(self._api, prepared)) as found:
+                async for last in found:
+                    text += last.text
+            if last is None or last.reason == "error":
+                return (Atom("error"), Atom("generation"), last.error if last else "no answer")
+            return (_OK, text, usage_term(last.usage))
+
+        return self._spawn(from_, whole)
+
+    def _stream(
+        self, from_: Term, to: Pid, model: str, prompt: Term, options: Options
+    ) -> Any:
+        """Answer ``{ok, Ref}`` and send the tokens to ``to``; its death cancels."""
+        ref = self.me.make_ref()
+
+        async def run(me: Process) -> None:
+            watch = me.monitor(to)
+            work = me.spawn(
+                lambda worker: self._send_pieces(worker, from_, ref, to, model, prompt, options),
+                link=True,
+                label="generate",
+            )
+            done = me.monitor(work)
+            await me.receive(lambda m: m if _is_down(m, watch) or _is_down(m, done) else None)
+            me.exit(work, Atom("kill"))  # nothing happens if it has ended
+
+        self.me.spawn(run, label="generate for a process")
+        return NOREPLY
+
+    async def _send_pieces(
+        self,
+        me: Process,
+        from_: Term,
+        ref: Ref,
+        to: Pid,
+        model: str,
+        prompt: Term,
+        options: Options,
+    ) -> None:
+        tag = Atom("phalanx")
+        try:
+            prepared = await remote_generate.prepare(self._api, model, prompt, options)
+        except ControlError as exc:
+            gen_server.reply(me, from_, _error(exc))
+            return
+        gen_server.reply(me, from_, (_OK, ref))
+        async with aclosing(remote_generate.pieces(self._api, prepared)) as found:
+            async for piece in found:
+                if piece.reason is None:
+                    me.send(to, (tag, ref, (Atom("token"), piece.index, piece.text)))
+                    continue
+                usage = usage_term(piece.usage)
+                if piece.error:
+                    usage[Atom("error")] = piece.error
+                me.send(to, (tag, ref, (Atom("done"), Atom(piece.reason), usage)))
+
+
+def _error(exc: ControlError) -> Term:
+    return (Atom("error"), Atom(exc.kind), str(exc))
+
+
+def _is_down(message: Term, ref: Ref) -> bool:
+    return isinstance(message, tuple) and message[:2] == ("DOWN", ref)
