@@ -34,7 +34,6 @@ Term: TypeAlias = Any
 MAX_ATOM_CHARS: Final = 255  # OTP's own limit
 
 _U16: Final = struct.Struct(">H").pack
-_U32: Final = struct.Struct(">I").pack
 _PID_TAIL: Final = struct.Struct(">III").pack
 _PORT_TAIL: Final = struct.Struct(">QI").pack
 
@@ -133,14 +132,10 @@ class Port(_Identifier):
         put(self, "id", id)
         put(self, "creation", creation)
         try:
-            # As OTP: the 64-bit form only where the 28-bit one is too small.
-            if id < 1 << 28:
-                wire = b"Y" + atom_bytes(node) + _U32(id) + _U32(creation)
-            else:
-                wire = b"x" + atom_bytes(node) + _PORT_TAIL(id, creation)
+            tail = _PORT_TAIL(id, creation)
         except struct.error as exc:
             raise EncodeError(f"port fields out of range: {id}, {creation}") from exc
-        self._freeze(wire)
+        self._freeze(b"x" + atom_bytes(node) + tail)
 
     def __repr__(self) -> str:
         return f"#Port<{self.node}.{self.id}>"

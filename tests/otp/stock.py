@@ -184,7 +184,7 @@ Loop = fun Loop(Old) ->
       Put = fun({K, V}, A) -> erl_eval:add_binding(K, V, A) end,
       All = lists:foldl(Put, Old, Given),
       {Answer, New} = try
-          {ok, Tokens, _} = erl_scan:string(binary_to_list(Text)),
+          {ok, Tokens, _} = erl_scan:string(unicode:characters_to_list(Text)),
           {ok, Exprs} = erl_parse:parse_exprs(Tokens),
           {value, Value, Next} = erl_eval:exprs(Exprs, All),
           {{ok, Value}, Next}
