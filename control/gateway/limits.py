@@ -66,7 +66,7 @@ class BodyLimit:
 
 def _is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
-    return kind.startswith("application/") and (kind.endswith("/json") or kind.endswith("+json"))
+    return kind.startswith("application/") and kind.endswith(("/json", "+json"))
 
 
 async def _drain(receive: Receive, max_bytes: int) -> None:

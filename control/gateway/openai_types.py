@@ -44,9 +44,7 @@ class Ask(BaseModel):
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            return {
-                name: value for name, value in data.items() if value is not None and value != []
-            }
+            return {name: value for name, value in data.items() if value not in (None, [])}
         return data
 
 
@@ -97,7 +95,7 @@ class Generation(Inert):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Generation:
         if self.stream_options is not None and not self.stream:
-            raise refused("stream_options", "stream_options is only allowed when stream is true")
+            raise refused("stream_options", "only allowed when stream is true")
         return self
 
 
@@ -140,12 +138,10 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise refused("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+            raise refused("top_logprobs", "only allowed when logprobs is true")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
-            raise refused(
-                "max_tokens", "max_tokens and max_completion_tokens contradict each other; send one"
-            )
+            raise refused("max_tokens", "contradicts max_completion_tokens; send one of them")
         return self
 
 
@@ -163,9 +159,7 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _check_pairs(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
-            raise refused("best_of", "best_of must equal n: this server ranks no candidates")
+            raise refused("best_of", "must equal n: this server ranks no candidates")
         if self.echo and self.logprobs is not None:
-            raise refused(
-                "echo", "echo with logprobs is not supported: prompt tokens are not scored"
-            )
+            raise refused("echo", "not with logprobs: prompt tokens are not scored")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from control.backend import GenerateRequest, OpenModel
 from control.gateway.errors import ApiError, context_exceeded
@@ -68,7 +69,7 @@ async def text_prompts(
     encoded = []
     for one in prompts:
         if isinstance(one, str):
-            ids = await _off_loop(lambda text=one: tokenizer.encode(text), len(one))
+            ids = await _off_loop(partial(tokenizer.encode, one), len(one))
             if tokenizer.add_bos and tokenizer.bos_id is not None:
                 ids = [tokenizer.bos_id, *ids]
         else:

@@ -35,6 +35,14 @@ class AddressUnavailable(ControlError):
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the node decides when to stop."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.answering = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answering.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
@@ -68,8 +76,9 @@ class HttpServer:
         )
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve([listener]), name="http_server")
-        while not self._server.started and not self._task.done():
-            await asyncio.sleep(0)
+        answering = asyncio.create_task(self._server.answering.wait())
+        await asyncio.wait({answering, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        answering.cancel()
         if self._task.done():
             listener.close()
             await self._task
