@@ -130,6 +130,17 @@ class LocalNode:
         """The living local process ``pid``; None also for a pid of an earlier start."""
         return self._table.get(pid)
 
+    def named(self, name: str) -> Process | None:
+        """The local process registered as ``name``."""
+        return self._names.get(name)
+
+    def find(self, dest: Pid | Ref | Atom) -> Process | None:
+        """The living local process behind a pid, an active alias or a name."""
+        if isinstance(dest, Ref):
+            found = self._aliases.get(dest)
+            return found[0] if found else None
+        return self._names.get(dest) if isinstance(dest, str) else self._table.get(dest)
+
     def processes(self) -> list[ProcessInfo]:
         """All living processes, oldest first."""
         return [
@@ -373,7 +384,9 @@ class LocalNode:
         links, process.links = process.links, {}
         for pid, unlinking in links.items():
             if pid.node != self.name:
-                if not unlinking:
+                if unlinking:
+                    self.network.forget(process, pid.node)
+                else:
                     self.network.link_exit(process, pid, reason)
             elif (peer := self._table.get(pid)) is not None:
                 self.link_broken(peer, process.pid, reason)
@@ -383,5 +396,7 @@ class LocalNode:
                 self.network.down(process, watcher, ref, target, reason)
             elif (owner := self._table.get(watcher)) is not None:
                 self.monitor_fired(owner, ref, reason)
+        for node in process.watched_nodes:
+            self.network.forget(process, node)
         process.mailbox.clear()
         runner.stop(process)

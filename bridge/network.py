@@ -32,6 +32,7 @@ class Network(Protocol):
         self, process: Process, watcher: Pid, ref: Ref, target: Term, reason: Term
     ) -> None: ...
     def monitor_node(self, process: Process, node: str) -> None: ...
+    def forget(self, process: Process, node: str) -> None: ...
 
 
 class NoNetwork:
@@ -77,3 +78,6 @@ class NoNetwork:
         """The node is down already."""
         process.watched_nodes.pop(node, None)
         process.mailbox.put(nodedown_message(node))
+
+    def forget(self, process: Process, node: str) -> None:
+        """Nothing is remembered."""

@@ -11,11 +11,16 @@ class ProcessError(BridgeError):
 
 
 class Exit(ProcessError):
-    """Raise inside a process to end it with ``reason``, as ``erlang:exit/1`` does."""
+    """Raise inside a process to end it with ``reason``, as ``erlang:exit/1`` does.
 
-    def __init__(self, reason: Term) -> None:
+    Args:
+        quiet: the reason is an answer, not a fault: no crash report is written.
+    """
+
+    def __init__(self, reason: Term, *, quiet: bool = False) -> None:
         super().__init__(reason)
         self.reason: Term = reason
+        self.quiet = quiet
 
     def __str__(self) -> str:
         return f"exit: {self.reason!r}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bridge.exit_signals import KILLED, NORMAL, is_clean
@@ -62,7 +63,7 @@ async def _run(process: Process, body: Body) -> None:
         reason = NORMAL
     except Exit as exc:
         reason = exc.reason
-        if process.alive and not is_clean(reason):
+        if process.alive and not exc.quiet and not is_clean(reason):
             report_crash(process, reason, exc)
     except asyncio.CancelledError:
         if process.alive:  # not by a signal: the event loop is shutting down
@@ -86,7 +87,12 @@ def crash_reason(error: BaseException) -> Term:
     if isinstance(error, Exit):
         return error.reason
     stack: list[Term] = [
-        (Atom(frame.filename[-255:]), Atom(frame.name[:255]), 0, [(Atom("line"), frame.lineno)])
+        (
+            Atom(Path(frame.filename).name[-255:]),
+            Atom(frame.name[:255]),
+            0,
+            [(Atom("line"), frame.lineno)],
+        )
         for frame in reversed(traceback.extract_tb(error.__traceback__))
     ]
     return (Atom(type(error).__name__), str(error).encode("utf-8", "replace"), stack)
