@@ -47,7 +47,7 @@ def main() -> None:
 
 async def _run(settings: PortSettings) -> int:
     node = Node(settings.node, settings.cookie, hidden=True)
-    await node.start(listen=None, epmd=Epmd(port=settings.epmd_port, register=False))
+    await node.start(listen=None, epmd=Epmd(tcp_port=settings.epmd_port, bring=False))
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     loop = asyncio.get_running_loop()
@@ -87,16 +87,14 @@ async def _keep_owner(me: Process, settings: PortSettings, server: PortServer, e
     assert callable(end)
     owner = (Atom("ports"), Atom(settings.control_node))
     lost_since_s = time.monotonic()
-    address: tuple[str, int] | None = (settings.control_host, settings.control_port)
     while True:
-        monitor = await _introduce(me, settings, server, address)
+        monitor = await _introduce(me, settings, server)
         if monitor is None:
             if time.monotonic() - lost_since_s > settings.orphan_s:
                 log.warning("no owner for %.0f s; the port ends", settings.orphan_s)
                 end(0)
                 return
             await asyncio.sleep(REDIAL_S)
-            address = None if address else (settings.control_host, settings.control_port)
             continue
 
         def gone(message: Term, wanted: Ref = monitor) -> Term | None:
@@ -111,12 +109,10 @@ async def _keep_owner(me: Process, settings: PortSettings, server: PortServer, e
         log.warning("owner %s lost: %s; dialling again", owner, reason)
 
 
-async def _introduce(
-    me: Process, settings: PortSettings, server: PortServer, address: tuple[str, int] | None
-) -> Ref | None:
+async def _introduce(me: Process, settings: PortSettings, server: PortServer) -> Ref | None:
     """Dial the owner and say hello; the monitor on it, or None when it does not answer."""
     node = me.node
-    if not await node.connect(settings.control_node, address=address, timeout_s=HELLO_TIMEOUT_S):
+    if not await node.connect(settings.control_node, timeout_s=HELLO_TIMEOUT_S):
         return None
     owner = (Atom("ports"), Atom(settings.control_node))
     monitor = me.monitor(owner)

@@ -21,8 +21,7 @@ class PortSettings:
         port_id: unique on the machine, chosen by the control process.
         node: distribution name of this port, ``NAME@HOST``; hidden.
         control_node: distribution name of the owner.
-        control_host, control_port: where the owner listens now.
-        epmd_port: where the owner can be found after it was restarted.
+        epmd_port: where EPMD tells the owner's address, now and after it was restarted.
         orphan_s: seconds without an owner after which the port ends itself.
         beat_s: seconds between two beats.
     """
@@ -30,8 +29,6 @@ class PortSettings:
     port_id: str
     node: str
     control_node: str
-    control_host: str
-    control_port: int
     cookie: str
     epmd_port: int
     orphan_s: float = 8.0

@@ -27,6 +27,7 @@ from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
+from control import supervisor
 from control.rank import Rank, RankLimits
 from control.spec import ChildSpec, ChildType, Restart, Strategy, SupSpec
 
@@ -253,8 +254,6 @@ def rank_name(instance: str, rank: int) -> Atom:
 
 def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> ChildSpec:
     """Child spec of ``instance_N_sup``: the ranks, then their coordinator, all or none."""
-    from control import supervisor
-
     async def start_rank(rank: int, me: Process) -> Pid:
         if history.exhausted():
             raise gen_server.StartError(

@@ -7,6 +7,8 @@ call ``{find, Model}``                            ``{ok, InstanceId, Pid}`` once
 call ``instances``                                list of ``{Pid | undefined, Map}``
 call ``{path, Model}``                            ``{ok, Id, Path, Context}`` | ``{error, Kind, Text}``
 call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
+call ``wanted``                                   list of ``{InstanceId, Model}``
+call ``forget_all``                               ``ok``: nothing is wanted any more
 call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
 ================================================  ==========================================
 
@@ -138,6 +140,13 @@ class Scheduler(GenServer):
             case ("replace_default", old, new):
                 if self.desired.default == text_of(old):
                     self._save(self.desired.with_default(self._resolve(text_of(new)).id))
+                return Atom("ok")
+            case "wanted":
+                return [(w.id, w.model) for w in self.desired.wanted]
+            case "forget_all":
+                for record in list(self.records.values()):
+                    self._unload(record.id, None)
+                self._save(Desired(self.desired.version + 1))
                 return Atom("ok")
             case "instances":
                 return [

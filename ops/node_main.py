@@ -1,0 +1,218 @@
+"""The control process of a node: started by heart as ``python -m ops.node_main --settings FILE``.
+
+Exit statuses as ``ctl``'s: 0 asked to stop, 1 the start models cannot be served, 2 bad
+configuration or an address that is taken; anything else makes heart start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from bridge import gen_server
+from bridge.epmd import Epmd
+from bridge.errors import EpmdError
+from bridge.node import Node
+from bridge.process import Process
+from bridge.process_errors import StartError
+from bridge.term import Atom, Pid, Term
+from ops import logs
+from ops.config import Config, load
+from ops.errors import OpsError
+from ops.heart_client import HeartClient
+from ops.home import Home, RunInfo, open_home, write_atomically
+from ops.node_parts import make_parts
+from ops.start_models import StartFailed, bring_up_models
+from ops.start_settings import StartSettings
+from ops.tree import Parts, start_tree
+
+log = logging.getLogger("ops.node")
+
+STOPPED, REFUSED, BAD_CONFIGURATION = 0, 1, 2
+CRASHED = 70
+TREE_STOP_S = 90.0
+
+
+def main() -> None:
+    """Entry of the control process."""
+    parser = argparse.ArgumentParser(prog="python -m ops.node_main", description=__doc__)
+    parser.add_argument("--settings", type=Path, required=True, help="file written by `ctl start`")
+    settings = StartSettings.from_file(parser.parse_args().settings)
+    try:
+        status = _run_in_home(settings)
+    except OpsError as exc:
+        status = _say(exc, BAD_CONFIGURATION)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of libraries must not keep a node that has stopped
+
+
+def _run_in_home(settings: StartSettings) -> int:
+    config = load(settings.config) if settings.config else Config()
+    home = open_home(settings.home)
+    logs.configure(
+        style="json" if settings.log_json else config.log.format,
+        level=config.log.level,
+        folder=home.logs_dir,
+        max_file_bytes=config.log.max_file_bytes,
+        num_files=config.log.num_files,
+    )
+    logs.hide(home.cookie())
+    with home.hold():
+        return asyncio.run(_run(settings, config, home))
+
+
+async def _run(settings: StartSettings, config: Config, home: Home) -> int:
+    heart = HeartClient.from_env()
+    beat = asyncio.create_task(heart.beat())
+    node = Node(settings.node, home.cookie())
+    host = settings.node.partition("@")[2]
+    try:
+        await node.start(
+            listen=(host, config.node.dist_port), epmd=Epmd(tcp_port=settings.epmd_port)
+        )
+    except (OSError, EpmdError) as exc:
+        return _say(exc, BAD_CONFIGURATION)
+    stopping = _StopRequest()
+    stopping.on_signals()
+    parts = make_parts(node, settings, config, home, stop=stopping.ask)
+    try:
+        with node.open_process(label="node main") as me:
+            me.trap_exit = True
+            status = await _serve(me, parts, settings, home, heart, stopping)
+    finally:
+        beat.cancel()
+        heart.close()
+        home.remove_run()
+        await node.stop()
+    return status
+
+
+async def _serve(
+    me: Process,
+    parts: Parts,
+    settings: StartSettings,
+    home: Home,
+    heart: HeartClient,
+    stopping: _StopRequest,
+) -> int:
+    """Start the tree, load the start models, wait for the end; the exit status."""
+    try:
+        root = await start_tree(me, parts)
+    except StartError as exc:
+        return _start_failed(exc)
+    assert me.node.address is not None
+    home.write_run(
+        RunInfo(
+            node=settings.node,
+            url=parts.address.url,
+            dist_port=me.node.address[1],
+            epmd_port=settings.epmd_port,
+        )
+    )
+    models = asyncio.create_task(bring_up_models(me.node, settings, first_life=_is_first_life(home)))
+    ends = [
+        asyncio.create_task(stopping.wait()),
+        asyncio.create_task(heart.gone.wait()),
+        asyncio.create_task(_root_died(me, root)),
+    ]
+    try:
+        await asyncio.wait([models, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if models.done():
+            try:
+                models.result()
+            except StartFailed as exc:
+                await _end_tree(me, root)
+                return _say(exc, REFUSED)
+            heart.ready()
+            print(f"ready: {settings.node} {parts.address.url}", flush=True)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if ends[2].done():
+            return _say(f"the supervision tree ended: {ends[2].result()!r:.500}", CRASHED)
+        if ends[1].done():
+            log.warning("heart is gone; the node stops")
+        await _end_tree(me, root)
+        return STOPPED
+    finally:
+        for task in (models, *ends):
+            task.cancel()
+
+
+def _is_first_life(home: Home) -> bool:
+    """Whether heart was just started, not this process by it again."""
+    try:
+        heart = f"{os.getppid()} {psutil.Process(os.getppid()).create_time():.0f}"
+    except psutil.NoSuchProcess:  # heart is gone already: this life is about to end
+        return False
+    record = home.state_dir / "heart"
+    with contextlib.suppress(FileNotFoundError):
+        if record.read_text() == heart:
+            return False
+    write_atomically(record, heart)
+    return True
+
+
+async def _root_died(me: Process, root: Pid) -> Term:
+    return await me.receive(
+        lambda m: m if isinstance(m, tuple) and m[0] == "EXIT" and m[1] == root else None
+    )
+
+
+async def _end_tree(me: Process, root: Pid) -> None:
+    """Stop everything in reverse order; OS children are gone afterwards."""
+    monitor = me.monitor(root)
+    me.exit(root, Atom("shutdown"))
+    with contextlib.suppress(gen_server.CallError, TimeoutError):
+        async with asyncio.timeout(TREE_STOP_S):
+            await me.receive(lambda m: True if m[:2] == ("DOWN", monitor) else None)
+
+
+def _start_failed(error: StartError) -> int:
+    """Say what hinders the tree. An address in use is for the operator to change."""
+    reason = error.reason
+    while isinstance(reason, tuple) and len(reason) in (2, 3):
+        if reason[0] == "address_unavailable":
+            return _say(reason[1], BAD_CONFIGURATION)
+        if reason[0] == "bad_state_file" or reason[0] == "BadDesired":
+            return _say(reason[1], BAD_CONFIGURATION)
+        reason = reason[-1] if len(reason) == 3 else reason[1]
+    return _say(f"the supervision tree did not start: {error.reason!r:.800}", CRASHED)
+
+
+def _say(what: object, status: int) -> int:
+    text = what.decode("utf-8", "replace") if isinstance(what, bytes) else str(what)
+    print(f"ctl start: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+class _StopRequest:
+    """SIGTERM, Ctrl-C and ``ctl stop``, all meaning: drain, then end."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self.now = False
+
+    def ask(self, now: bool) -> None:
+        self.now = self.now or now
+        self._asked.set()
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    def on_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises instead
+                loop.add_signal_handler(number, self.ask, False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""From settings and configuration to the parts of a node's tree: every effect is made here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from bridge.node import Node
+from control.cluster_api import ClusterApi
+from control.gateway.process import BoundAddress
+from control.machine import Limits
+from control.model_store import ModelStore
+from control.rank import RankLimits
+from control.scheduler import Shape
+from models.card import load_cards
+from ops.config import Config, Role
+from ops.home import Home
+from ops.port_starter import PortStarter
+from ops.start_settings import StartSettings
+from ops.tree import Parts
+
+
+def make_parts(
+    node: Node,
+    settings: StartSettings,
+    config: Config,
+    home: Home,
+    *,
+    stop: Callable[[bool], None],
+) -> Parts:
+    """All parts of this node's tree."""
+    device = next((d for d in config.devices if d.hostname in _host_names(settings)), None)
+    roles = device.roles if device else frozenset(Role)
+    cards = load_cards(config.models.cards)
+    store = ModelStore(config.models.dir or home.models_dir, cards)
+    return Parts(
+        api=ClusterApi(node, config.cluster_name),
+        store=store,
+        address=BoundAddress(settings.http_host, settings.http_port),
+        start_port=PortStarter(
+            control_node=settings.node,
+            cookie=home.cookie(),
+            epmd_port=settings.epmd_port,
+            logs_dir=home.logs_dir,
+        ),
+        stop=stop,
+        state_dir=home.state_dir,
+        roles=tuple(sorted(str(r) for r in roles)),
+        machine_limits=Limits(
+            max_memory_bytes=device.max_memory_bytes if device else None,
+            max_cores=device.max_cores if device else None,
+            gpu=device.gpu if device else None,
+        ),
+        shape=Shape(
+            context_tokens=config.engine.context_tokens or 0,
+            num_slots=config.engine.num_slots,
+            threads=config.engine.threads or 0,
+            device=config.engine.device or "",
+        ),
+        rank_limits=RankLimits(),
+        autoload=config.models.autoload,
+        num_spares=config.engine.spare_ports,
+        port_prefix=f"{settings.node.partition('@')[0]}_port_{os.getpid()}_{int(time.time())}",
+        drain_s=config.limits.drain_timeout_s,
+        max_body_bytes=config.limits.max_body_bytes,
+        open_timeout_s=config.limits.open_timeout_s,
+        write_timeout_s=config.limits.write_timeout_s,
+    )
+
+
+def _host_names(settings: StartSettings) -> set[str]:
+    """Names under which ``devices`` may list this machine."""
+    name = socket.gethostname()
+    return {name, socket.getfqdn(), f"{name}.local", settings.node.partition("@")[2]}

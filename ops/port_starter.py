@@ -1,0 +1,40 @@
+"""Starts the OS process of a compute port; the secret goes through its standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from control.os_process import OsChild
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortStarter:
+    """Starts ``python -m compute.port`` with its settings on standard input."""
+
+    control_node: str
+    cookie: str
+    epmd_port: int
+    logs_dir: Path
+
+    def __call__(self, port_id: str) -> OsChild:
+        host = self.control_node.partition("@")[2]
+        line = json.dumps(
+            {
+                "port_id": port_id,
+                "node": f"{port_id}@{host}",
+                "control_node": self.control_node,
+                "cookie": self.cookie,
+                "epmd_port": self.epmd_port,
+            }
+        )
+        return OsChild.start(
+            [sys.executable, "-m", "compute.port"],
+            first_line=line.encode(),
+            log_path=self.logs_dir / f"port-{port_id}.log",
+        )
+
+    def __repr__(self) -> str:  # the cookie never reaches a log
+        return f"PortStarter(of {self.control_node})"

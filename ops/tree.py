@@ -1,0 +1,182 @@
+"""The supervision tree of a node. READ THIS FIRST: everything that runs hangs here.
+
+    heart                     OS parent (ops/heart.py): restarts the control process
+    └─ root_sup               rest_for_one: what comes later needs what comes before
+       ├─ events              who wants to hear what changed
+       ├─ cluster_sup         rest_for_one
+       │  ├─ membership       machines, their memory and devices
+       │  ├─ election         who leads, since which epoch
+       │  └─ scheduler        which instances should run, which do
+       ├─ model_store         files of models
+       ├─ ports               OS children: spares, leases, kills
+       ├─ instance_sup        one_for_one, dynamic
+       │  └─ <instance>_sup   one_for_all: a model's ranks and their coordinator
+       ├─ cluster             answers Erlang, ctl and the shells
+       └─ gateway             HTTP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bridge import gen_server
+from bridge.gen_server import GenServer
+from bridge.process import Process
+from bridge.term import Atom, Pid
+from control import supervisor
+from control.cluster import Cluster
+from control.cluster_api import ClusterApi
+from control.election import Election
+from control.events import Events
+from control.gateway.process import BoundAddress, GatewayServer
+from control.machine import Limits, read_machine
+from control.membership import Membership
+from control.model_store import ModelStore
+from control.model_store_server import ModelStoreServer
+from control.ports import Ports, StartPort
+from control.rank import RankLimits
+from control.scheduler import Resolved, Scheduler, Shape
+from control.spec import ChildSpec, ChildType, Strategy, SupSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """All that the tree is made of: settings and effects, passed in once."""
+
+    api: ClusterApi
+    store: ModelStore
+    address: BoundAddress
+    start_port: StartPort
+    stop: Callable[[bool], None]
+    state_dir: Path
+    roles: tuple[str, ...]
+    machine_limits: Limits
+    shape: Shape
+    rank_limits: RankLimits
+    autoload: bool
+    num_spares: int
+    port_prefix: str
+    drain_s: float
+    max_body_bytes: int
+    open_timeout_s: float
+    write_timeout_s: float
+
+
+async def start_tree(me: Process, parts: Parts) -> Pid:
+    """Start ``root_sup`` linked to ``me``. Raises StartError with the child that failed."""
+    return await supervisor.start_link(me, root_sup(parts), name="root_sup")
+
+
+def root_sup(p: Parts) -> SupSpec:
+    """The whole tree as data."""
+    return SupSpec(
+        strategy=Strategy.REST_FOR_ONE,
+        intensity=5,
+        period_s=30,
+        children=(
+            _server("events", Events),
+            _supervisor("cluster_sup", cluster_sup(p)),
+            _server("model_store", partial(ModelStoreServer, p.store)),
+            _server("ports", partial(_ports, p), shutdown_s=15.0),
+            _supervisor("instance_sup", SupSpec(strategy=Strategy.ONE_FOR_ONE)),
+            _server("cluster", partial(Cluster, p.api, stop=p.stop)),
+            _server("gateway", partial(_gateway, p), shutdown_s=p.drain_s + 5.0),
+        ),
+    )
+
+
+def cluster_sup(p: Parts) -> SupSpec:
+    """The brain: each part may rely on the ones before it."""
+    return SupSpec(
+        strategy=Strategy.REST_FOR_ONE,
+        intensity=5,
+        period_s=30,
+        children=(
+            _server(
+                "membership",
+                partial(Membership, partial(read_machine, p.machine_limits), p.roles),
+            ),
+            _server(
+                "election",
+                partial(Election, p.state_dir / "epoch", candidate="coordinator" in p.roles),
+            ),
+            _server("scheduler", partial(_scheduler, p)),
+        ),
+    )
+
+
+def _scheduler(p: Parts) -> Scheduler:
+    def resolve(ref: str) -> Resolved:
+        found = p.store.resolve(ref)
+        return Resolved(found.id, ref, p.store.is_local(found))
+
+    return Scheduler(
+        resolve,
+        desired_path=p.state_dir / "desired.json",
+        shape=p.shape,
+        limits=p.rank_limits,
+        autoload=p.autoload,
+    )
+
+
+def _ports(p: Parts) -> Ports:
+    return Ports(
+        p.start_port,
+        record_path=p.state_dir / "ports.json",
+        num_spares=p.num_spares,
+        name_prefix=p.port_prefix,
+    )
+
+
+def _gateway(p: Parts) -> GatewayServer:
+    return GatewayServer(
+        p.api,
+        p.address,
+        drain_s=p.drain_s,
+        max_body_bytes=p.max_body_bytes,
+        open_timeout_s=p.open_timeout_s,
+        write_timeout_s=p.write_timeout_s,
+    )
+
+
+def _server(
+    name: str, make: Callable[[], GenServer], *, shutdown_s: float | None = None
+) -> ChildSpec:
+    """A permanent server registered as ``name``."""
+
+    async def start(me: Process) -> Pid:
+        return await gen_server.start_link(me, make(), name=name)
+
+    return _child(name, start, ChildType.WORKER, shutdown_s)
+
+
+def _supervisor(name: str, spec: SupSpec) -> ChildSpec:
+    """A permanent supervisor registered as ``name``."""
+
+    async def start(me: Process) -> Pid:
+        return await supervisor.start_link(me, spec, name=name)
+
+    return _child(name, start, ChildType.SUPERVISOR, None)
+
+
+def _child(
+    name: str,
+    start: Callable[[Process], Awaitable[Pid]],
+    type_: ChildType,
+    shutdown_s: float | None,
+) -> ChildSpec:
+    return ChildSpec(
+        id=Atom(name),
+        start=start,
+        type=type_,
+        shutdown_s=shutdown_s,
+        modules=_modules(name),
+        mfa=("ops.tree", "start", [Atom(name)]),
+    )
+
+
+def _modules(name: str) -> Sequence[str]:
+    return [name]
