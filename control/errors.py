@@ -36,3 +36,88 @@ class NotReady(ControlError):
 
     def __str__(self) -> str:
         return f"model {self.model!r} is not ready: {self.why}. Load it with `ctl model load`."
+
+
+class NotAModel(UnknownModel):
+    """The reference is a path or hub name, but nothing that can be loaded is there."""
+
+    kind = "not_a_model"
+
+    def __init__(self, model: str, why: str) -> None:
+        ControlError.__init__(self, model, why)
+        self.model, self.known, self.why = model, (), why
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model!r} is not a model: {self.why}. Give a card's id (`ctl model list`), a "
+            "GGUF file, a folder with config.json and *.safetensors, or hf:ORG/REPO[/FILE]."
+        )
+
+
+class DownloadFailed(ControlError):
+    """Something could not be fetched; what was fetched so far is kept for the next try."""
+
+    kind = "download_failed"
+
+    def __init__(
+        self, what: str, why: str, advice: str = "Check the network and try again"
+    ) -> None:
+        super().__init__(what, why, advice)
+        self.what, self.why, self.advice = what, why, advice
+
+    def __str__(self) -> str:
+        return f"cannot fetch {self.what}: {self.why}. {self.advice}."
+
+
+class ChecksumMismatch(DownloadFailed):
+    """What arrived is not what was promised; it has been thrown away."""
+
+    kind = "checksum_mismatch"
+
+    def __init__(self, what: str, expected: str, found: str) -> None:
+        super().__init__(
+            what,
+            f"expected {expected}, got {found}; it was thrown away",
+            "Try again; if it stays so, the source is damaged or not the one the card means",
+        )
+
+
+class NoSource(DownloadFailed):
+    """Every source of a model failed; ``failures`` pairs each with its error's text."""
+
+    def __init__(self, model: str, failures: tuple[tuple[str, str], ...]) -> None:
+        tried = "; ".join(f"{source}: {why}" for source, why in failures)
+        super().__init__(model, f"all {len(failures)} sources failed: {tried}")
+        self.failures = failures
+
+
+class DiskFull(ControlError):
+    """The disk of the model store cannot take the model."""
+
+    kind = "disk_full"
+
+    def __init__(self, path: str, need_bytes: int, free_bytes: int) -> None:
+        super().__init__(path, need_bytes, free_bytes)
+        self.path, self.need_bytes, self.free_bytes = path, need_bytes, free_bytes
+
+    def __str__(self) -> str:
+        need = (
+            f"{self.need_bytes / 1e6:.1f} MB more are needed" if self.need_bytes else "it is full"
+        )
+        return (
+            f"no space in {self.path}: {need}, {self.free_bytes / 1e6:.1f} MB are free. Free some, "
+            "or set models.dir to another disk."
+        )
+
+
+class StoreUnusable(ControlError):
+    """The folder of the model store cannot be read or written."""
+
+    kind = "store_unusable"
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return f"model store: {self.path}: {self.why}. Give it to your user or set models.dir."
