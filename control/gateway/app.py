@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from control.backend import Backend, ClusterControl
 from control.errors import ControlError
 from control.gateway import chat, cluster, completions, docs, errors, health, models
 from control.gateway.edge import Edge
 from control.gateway.gateway import Gateway
+from control.gateway.json_response import Json
 from control.gateway.limits import BodyLimit
 from control.gateway.metrics import Metrics
 from control.gateway.settings import GatewaySettings
@@ -42,6 +42,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        responses={"4XX": errors.DESCRIBED, "5XX": errors.DESCRIBED},
     )
     app.state.gateway = gateway
     for router in ROUTERS:
@@ -56,13 +57,13 @@ def create_app(
     return app
 
 
-async def _answer(request: Request, exc: Exception) -> JSONResponse:
+async def _answer(request: Request, exc: Exception) -> Json:
     error = errors.from_exception(exc)
     assert error is not None, f"{type(exc).__name__} is registered without an answer"
     return errors.response_for(request.url.path, error)
 
 
-async def _answer_http(request: Request, exc: Exception) -> JSONResponse:
+async def _answer_http(request: Request, exc: Exception) -> Json:
     """Starlette's own refusals: an unknown route, a wrong method, an unreadable body."""
     assert isinstance(exc, HTTPException)
     where = f"{request.method} {request.url.path}"

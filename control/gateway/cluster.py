@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from control.backend import ClusterControl, ClusterEvent, LoadOptions
 from control.gateway import sse
 from control.gateway.errors import ApiError
 from control.gateway.gateway import Gateway
+from control.gateway.json_response import Json
 from control.gateway.openai_types import Ask
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -60,24 +61,24 @@ def router(gateway: Gateway) -> APIRouter:
     backend = gateway.backend
 
     @routes.get("/status", summary="Cluster, nodes and instances")
-    async def status() -> JSONResponse:
-        return JSONResponse(await backend.status())
+    async def status() -> Json:
+        return Json(await backend.status())
 
     @routes.get("/nodes", summary="The machines")
-    async def nodes() -> JSONResponse:
-        return JSONResponse((await backend.status())["nodes"])
+    async def nodes() -> Json:
+        return Json((await backend.status())["nodes"])
 
     @routes.get("/instances", summary="The running models")
-    async def instances() -> JSONResponse:
-        return JSONResponse((await backend.status())["instances"])
+    async def instances() -> Json:
+        return Json((await backend.status())["instances"])
 
     @routes.get("/topology", summary="Links with measured latency and bandwidth")
-    async def topology() -> JSONResponse:
-        return JSONResponse(await _control(gateway).topology())
+    async def topology() -> Json:
+        return Json(await _control(gateway).topology())
 
     @routes.get("/tree", summary="Live supervision tree with restart counts")
-    async def tree() -> JSONResponse:
-        return JSONResponse(await _control(gateway).tree())
+    async def tree() -> Json:
+        return Json(await _control(gateway).tree())
 
     @routes.get("/events", summary="Feed of changes; the first event is the status")
     async def events() -> Response:
@@ -85,21 +86,21 @@ def router(gateway: Gateway) -> APIRouter:
         return sse.EventStream(frames, write_timeout_s=gateway.settings.write_timeout_s)
 
     @routes.post("/place", summary="Dry run: which placement, and why not another")
-    async def place(body: PlaceRequest) -> JSONResponse:
-        return JSONResponse(await _control(gateway).place(body.model, body.options))
+    async def place(body: PlaceRequest) -> Json:
+        return Json(await _control(gateway).place(body.model, body.options))
 
     @routes.post("/load", summary="Place and load a model")
-    async def load(body: PlaceRequest) -> JSONResponse:
-        return JSONResponse({"id": await _control(gateway).load(body.model, body.options)})
+    async def load(body: PlaceRequest) -> Json:
+        return Json({"id": await _control(gateway).load(body.model, body.options)})
 
     @routes.post("/unload", summary="Drain and unload an instance")
-    async def unload(body: UnloadRequest) -> JSONResponse:
+    async def unload(body: UnloadRequest) -> Json:
         await _control(gateway).unload(body.id)
-        return JSONResponse({"id": body.id})
+        return Json({"id": body.id})
 
     @routes.post("/swap", summary="Replace a model without a failed request")
-    async def swap(body: SwapRequest) -> JSONResponse:
-        return JSONResponse({"id": await _control(gateway).swap(body.old, body.new)})
+    async def swap(body: SwapRequest) -> Json:
+        return Json({"id": await _control(gateway).swap(body.old, body.new)})
 
     return routes
 

@@ -8,13 +8,14 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from control.backend import GenerateRequest, OpenModel
 from control.gateway import choices, prompts, sse
 from control.gateway.disconnect import until_disconnect
 from control.gateway.gateway import Gateway
 from control.gateway.generation_text import Delta, completion_logprobs, usage
+from control.gateway.json_response import Json
 from control.gateway.openai_types import CompletionRequest
 
 
@@ -49,7 +50,7 @@ def router(gateway: Gateway) -> APIRouter:
             write_timeout_s = gateway.settings.write_timeout_s
             return sse.EventStream(_frames(shape, pieces), write_timeout_s=write_timeout_s)
         work = choices.collect(pieces, len(requests))
-        return JSONResponse(shape.whole(await until_disconnect(request.receive, work)))
+        return Json(shape.whole(await until_disconnect(request.receive, work)))
 
     return routes
 

@@ -53,8 +53,9 @@ class Edge:
             await self._app(scope, receive, noted)
         except errors.ClientGone:
             log.info("client_gone", request_id=request_id, path=scope["path"])
-        except Exception:  # the last resort: a bug of ours, logged once, here
-            log.exception("request_failed", request_id=request_id, path=scope["path"])
+        except Exception as exc:  # the last resort: a bug of ours, logged once, here
+            trace = errors.trace_of(exc)
+            log.error("request_failed", request_id=request_id, path=scope["path"], trace=trace)
             if status != CLIENT_GONE:
                 raise  # the answer has begun; the connection must break
             response = errors.response_for(scope["path"], errors.internal(request_id))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
-from starlette.responses import JSONResponse
+from pydantic import BaseModel
 
 from control.errors import ControlError, NotReady, UnknownModel
+from control.gateway.json_response import Json
 
 KIND_BY_STATUS: Final = {
     401: "authentication_error",
@@ -55,6 +57,25 @@ class ApiError(HTTPException):
         return KIND_BY_STATUS.get(self.status_code, "invalid_request_error")
 
 
+class ErrorFields(BaseModel):
+    """OpenAI's error object, for the API description."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorFields
+
+
+DESCRIBED: Final[dict[str, Any]] = {
+    "model": ErrorBody,
+    "description": "Refused or failed; 429 and 503 say when to try again (Retry-After, seconds).",
+}
+
+
 class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
 
@@ -96,6 +117,11 @@ def from_exception(exc: Exception) -> ApiError | None:
             return ApiError(500, str(exc), code="generation_failed")
         case _:
             return None
+
+
+def trace_of(exc: BaseException) -> str:
+    """Where a bug of ours happened, for the log: code alone, no values (they may be secrets)."""
+    return "".join(traceback.format_exception(exc))
 
 
 def internal(request_id: str) -> ApiError:
@@ -182,6 +208,6 @@ def body_for(path: str, error: ApiError) -> dict[str, Any]:
     return shape(error)
 
 
-def response_for(path: str, error: ApiError) -> JSONResponse:
+def response_for(path: str, error: ApiError) -> Json:
     """The error as a response, with its headers (``Retry-After``, ``Allow``)."""
-    return JSONResponse(body_for(path, error), error.status_code, headers=error.headers)
+    return Json(body_for(path, error), error.status_code, headers=error.headers)

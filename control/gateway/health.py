@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse
 
 from control.backend import Readiness
 from control.gateway.gateway import Gateway
+from control.gateway.json_response import Json
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -21,16 +21,16 @@ def router(gateway: Gateway) -> APIRouter:
         return {"status": "ok"}
 
     @routes.get("/health/ready", summary="Every ready instance gives tokens")
-    async def ready() -> JSONResponse:
+    async def ready() -> Json:
         if gateway.cluster is None:
             found = from_status(await gateway.backend.status())
         else:
             found = await gateway.cluster.readiness()
         if found.ready:
-            return JSONResponse({"status": "ready"})
+            return Json({"status": "ready"})
         wait_s = max(1, math.ceil(found.retry_after_s))
         body = {"status": "not_ready", "why": found.why}
-        return JSONResponse(body, 503, headers={"Retry-After": str(wait_s)})
+        return Json(body, 503, headers={"Retry-After": str(wait_s)})
 
     return routes
 

@@ -6,13 +6,23 @@ so they are taken for absent. The fields of ``Inert`` cannot change the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 SEED_MODULUS = 2**64  # the engine's generator is keyed by 64 bits
 MAX_CHOICES = 128
+MAX_UNKNOWN = 32
+MAX_BIASES = 1024
+MAX_METADATA = 16  # OpenAI's own limit
 
 
 def refused(param: str, why: str) -> PydanticCustomError:
@@ -33,6 +43,18 @@ def _only(*allowed: Any, why: str = "") -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _at_most(count: int) -> BeforeValidator:
+    """Refuse a larger object before its entries are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            context = {"why": f"at most {count} entries are taken, this has {len(value)}"}
+            raise PydanticCustomError("too_many", "{why}", context)
+        return value
+
+    return BeforeValidator(check)
+
+
 class Ask(BaseModel):
     """Base of every request object: strict types, no unknown field, null asks for nothing."""
 
@@ -44,6 +66,9 @@ class Ask(BaseModel):
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            unknown = [name for name in data if name not in cls.model_fields]
+            if len(unknown) > MAX_UNKNOWN:  # a million of them would be a million error objects
+                raise refused(str(unknown[0])[:64], f"{len(unknown)} fields are not honoured")
             return {name: value for name, value in data.items() if value not in (None, [])}
         return data
 
@@ -52,7 +77,7 @@ class Inert(Ask):
     """Fields that clients send and that cannot change the answer: accepted, without effect."""
 
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     store: Annotated[bool | None, _only(False)] = None
@@ -64,7 +89,16 @@ class StreamOptions(Ask):
     include_obfuscation: Annotated[bool | None, _only(False)] = None
 
 
-StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+def _encodable(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("not_text", "holds half a surrogate pair") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1024)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -90,7 +124,9 @@ class Generation(Inert):
     stop: Annotated[list[StopText], BeforeValidator(_stop_form), Field(max_length=4)] | None = (
         Field(None, description="a string, or a list of up to 4")
     )
-    logit_bias: dict[str, Bias] | None = Field(None, description="token id to bias")
+    logit_bias: Annotated[dict[str, Bias] | None, _at_most(MAX_BIASES)] = Field(
+        None, description="token id to bias"
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Generation:
@@ -103,7 +139,7 @@ class TextPart(Ask):
     type: Annotated[
         Literal["text"], _only("text", why="; images, audio and files are never fetched or read")
     ]
-    text: str
+    text: Text
 
 
 class Message(Ask):
@@ -113,7 +149,7 @@ class Message(Ask):
         Literal["system", "developer", "user", "assistant"],
         _only("system", "developer", "user", "assistant"),
     ]
-    content: str | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -126,7 +162,7 @@ class Message(Ask):
 class ChatRequest(Generation):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -146,18 +182,26 @@ class ChatRequest(Generation):
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]  # one fault is enough to know of a long list
 
 
 class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, description="must equal n")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> CompletionRequest:
+        num_prompts = 1
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            num_prompts = len(self.prompt)
+        if num_prompts * self.n > MAX_CHOICES:
+            why = f"{num_prompts} prompts times n are more than {MAX_CHOICES} choices"
+            raise refused("prompt", why)
         if self.best_of is not None and self.best_of != self.n:
             raise refused("best_of", "must equal n: this server ranks no candidates")
         if self.echo and self.logprobs is not None:

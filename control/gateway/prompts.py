@@ -10,7 +10,7 @@ from control.backend import GenerateRequest, OpenModel
 from control.gateway.errors import ApiError, context_exceeded
 from control.gateway.gateway import Gateway
 from control.gateway.openai_types import SEED_MODULUS, Generation, Message
-from models import chat
+from models.chat import render
 from models.errors import TemplateError
 
 INLINE_CHARS = 16_384  # longer texts are encoded in a thread, so that streams go on meanwhile
@@ -38,9 +38,7 @@ async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[i
 
     def encode() -> list[int]:
         tokenizer = opened.tokenizer
-        text = chat.render(
-            template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
+        text = render(template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
         return tokenizer.encode(text)
 
     try:

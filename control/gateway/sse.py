@@ -57,11 +57,12 @@ class EventStream(Response):
                     await self._write(send, data)
             except errors.ClientGone:
                 raise
-            except Exception as exc:  # the HTTP edge: every error becomes an answer
+            except Exception as exc:  # noqa: BLE001 - the HTTP edge: every error becomes an answer
                 error = errors.from_exception(exc)
                 if error is None:
                     request_id = str(scope.get("state", {}).get("request_id", ""))
-                    log.exception("stream_failed", request_id=request_id, path=scope["path"])
+                    trace = errors.trace_of(exc)
+                    log.error("stream_failed", request_id=request_id, trace=trace)
                     error = errors.internal(request_id)
                 if not started:
                     await errors.response_for(scope["path"], error)(scope, receive, send)

@@ -50,7 +50,7 @@ STATUS: dict[str, Any] = {
 
 def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
     """A byte-level tokenizer with a few merges: an emoji is four tokens, " the" is one."""
-    vocab = {char: byte for char, byte in BYTE_OF.items()}
+    vocab = dict(BYTE_OF)
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("e", "l"), ("l", "o"), ("el", "lo")]
     for left, right in merges:
         vocab[left + right] = len(vocab)
@@ -59,15 +59,17 @@ def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", "<s>"]
     backend.add_special_tokens([tokenizers.AddedToken(one, special=True) for one in specials])
-    added = {backend.token_to_id(one): one for one in specials}
+    added = {len(vocab) + n: one for n, one in enumerate(specials)}
+    _start, end, bos = added
+    assert backend.token_to_id("<|im_end|>") == end
     return Tokenizer(
         backend,
         spelling="byte_level",
         added=added,
         special_ids=added,
-        eos_ids=[backend.token_to_id("<|im_end|>")],
-        eos_id=backend.token_to_id("<|im_end|>"),
-        bos_id=backend.token_to_id("<s>"),
+        eos_ids=[end],
+        eos_id=end,
+        bos_id=bos,
         add_bos=add_bos,
     )
 
@@ -158,7 +160,7 @@ class FakeControl:
     """Records what operators ask."""
 
     asked: list[tuple[Any, ...]] = field(default_factory=list)
-    ready: Readiness = Readiness(True)
+    ready: Readiness = field(default_factory=lambda: Readiness(True))
     happened: tuple[ClusterEvent, ...] = (ClusterEvent("instance", {"id": "tiny-1"}),)
 
     async def topology(self) -> list[dict[str, Any]]:

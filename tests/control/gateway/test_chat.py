@@ -79,7 +79,6 @@ def test_every_sampling_field_reaches_the_engine(live: Live) -> None:
         top_p=0.5,
         presence_penalty=1,
         frequency_penalty=-1.5,
-        logit_bias={"65": -100, "66": 2.5},
         seed=-1,
         logprobs=True,
         top_logprobs=3,
@@ -87,7 +86,14 @@ def test_every_sampling_field_reaches_the_engine(live: Live) -> None:
         metadata={"a": "b"},
         store=False,
         service_tier="auto",
-        extra_body={"top_k": 40, "min_p": 0.05, "stop": None, "tools": [], "what": None},
+        extra_body={
+            "logit_bias": {"65": -100, "66": 2.5},
+            "top_k": 40,
+            "min_p": 0.05,
+            "stop": None,
+            "tools": [],
+            "what": None,
+        },
         extra_headers={"X-Request-Id": "abc-1"},
     )
     (sent,) = live.backend.requests
@@ -125,8 +131,8 @@ def test_max_tokens_beyond_the_room_is_clamped_and_ends_with_length(live: Live) 
 
 
 def test_unseeded_requests_differ_and_seeded_ones_do_not(live: Live) -> None:
-    for fields in ({}, {}, {"seed": 5}, {"seed": 5}):
-        live.openai.chat.completions.create(**ASK, **fields)
+    for seed in (None, None, 5, 5):
+        live.openai.chat.completions.create(**ASK, seed=seed)
     seeds = [sent.seed for sent in live.backend.requests]
     assert seeds[0] != seeds[1]
     assert seeds[2:] == [5, 5]
