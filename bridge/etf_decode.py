@@ -172,7 +172,7 @@ def _map(items: list[Term]) -> Term:
     values = items[1::2]
     try:
         found = dict(zip(keys, values, strict=True))
-    except TypeError:  # a list or a map inside a key
+    except (TypeError, RecursionError):  # a list or map inside a key, or too deep to hash here
         found = {}
     if len(found) == len(keys):
         return found

@@ -97,6 +97,7 @@ CASES = [
         "new_pid_v4", 88, Pid(_NODE, 2**32 - 1, 2**32 - 1, 2**32 - 1).wire,
         Pid(_NODE, 2**32 - 1, 2**32 - 1, 2**32 - 1),
     ),
+    _identifier("port", 120, Port(_NODE, 9, 77).wire, Port(_NODE, 9, 77)),  # 89 on OTP 25
     _identifier("v4_port", 120, Port(_NODE, 2**28, 77).wire, Port(_NODE, 2**28, 77)),
     _identifier(
         "newer_reference", 90, Ref(_NODE, 77, (5, 6, 7)).wire, Ref(_NODE, 77, (5, 6, 7))
