@@ -34,3 +34,22 @@ class ConfigError(OpsError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+class BadUsage(OpsError):
+    """A command line that cannot be honoured; the text names the flag."""
+
+
+class NoNode(OpsError):
+    """No node answers: what was tried, why it failed, and the next step."""
+
+
+class Refused(OpsError):
+    """The cluster said no; ``kind`` is the atom it gave."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+    def __str__(self) -> str:
+        return self.text or self.kind.replace("_", " ")

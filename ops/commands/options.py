@@ -1,0 +1,117 @@
+"""Flags and arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridge.term import Atom, Term
+from ops.client import Target
+from ops.errors import BadUsage
+from ops.home import find_home
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home",
+        envvar="PHALANX_HOME",
+        metavar="DIR",
+        show_default="~/.phalanx",
+        help="Folder with everything a node writes: speak to the node that runs on it.",
+    ),
+]
+NodeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--node",
+        metavar="NODE",
+        help="Speak to this node (NAME@HOST, found through EPMD), with the cookie of --home.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A card's id (see `ctl model list`), a local GGUF file or safetensors folder "
+        "(written with a slash, such as ./folder), or hf:ORG/REPO\\[/FILE].",  # \\[: no markup
+    ),
+]
+
+TensorOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Ranks that share every layer.")
+]
+PipelineOption = Annotated[
+    int | None, typer.Option(metavar="M", min=1, help="Stages that hold a run of layers each.")
+]
+SharesOption = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,...", help="How much each rank takes of the whole, such as 2,1."),
+]
+EngineOption = Annotated[
+    str | None, typer.Option(metavar="torch|mlx", help="What multiplies the matrices.")
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Tokens of one request, prompt and answer together."),
+]
+SlotsOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Requests served at once.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads a rank.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, or cuda:0.")]
+
+
+def target(home: Path | None, node: str | None) -> Target:
+    """What ``--home`` and ``--node`` name."""
+    return Target(find_home(home), node)
+
+
+def model_ref(model: str) -> str:
+    """``model`` as the node must read it: a path of this folder becomes an absolute one."""
+    if not model:
+        raise BadUsage("MODEL is empty: name one of `ctl model list`")
+    looks_local = "/" in model or os.sep in model or model.lower().endswith(".gguf")
+    path = Path(model).expanduser()
+    if looks_local and not model.startswith("hf:") and path.exists():
+        return str(path.absolute())
+    return model
+
+
+def load_options(
+    *,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    shares: str | None = None,
+    engine: str | None = None,
+    context: int | None = None,
+    slots: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> dict[Term, Term]:
+    """The map that ``load`` and ``place`` take; what was not given is left to the cluster.
+
+    Raises:
+        BadUsage: ``shares`` is no list of numbers from 1.
+    """
+    given: dict[str, Term] = {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "shares": None if shares is None else _numbers(shares),
+        "engine": engine,
+        "context": context,
+        "slots": slots,
+        "threads": threads,
+        "device": device,
+    }
+    return {Atom(name): value for name, value in given.items() if value is not None}
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise BadUsage(f"--shares {text!r}: write numbers from 1, such as 2,1")
+    return [int(part) for part in parts]
