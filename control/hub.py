@@ -33,8 +33,11 @@ from control.fetch import Cancelled, OnBytes, check_sha256, disk_errors, need_sp
 from models.card import HubSource
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-DATA_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
-DATA_FILES += (
+DATA_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
     "vocab*",
     "merges.txt",
     "chat_template*",
