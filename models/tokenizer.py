@@ -112,7 +112,9 @@ class Tokenizer:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._lock:
             self.backend.encode_special_tokens = not parse_special
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            # The batch form alone lets other threads run meanwhile; 8 MB of text take seconds.
+            found = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = found[0].ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

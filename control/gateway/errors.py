@@ -89,7 +89,7 @@ def context_exceeded(prompt_tokens: int, context_tokens: int, *, param: str) -> 
     return ApiError(
         400,
         f"This model's context holds {context_tokens} tokens, and the prompt alone has "
-        f"{prompt_tokens}. Shorten the prompt to at most {context_tokens - 1} tokens.",
+        f"at least {prompt_tokens}. Shorten the prompt to at most {context_tokens - 1} tokens.",
         param=param,
         code="context_length_exceeded",
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from control.backend import GenerateRequest, OpenModel
 from control.gateway.errors import ApiError, context_exceeded
@@ -13,7 +12,7 @@ from control.gateway.openai_types import SEED_MODULUS, Generation, Message
 from models.chat import render
 from models.errors import TemplateError
 
-INLINE_CHARS = 16_384  # longer texts are encoded in a thread, so that streams go on meanwhile
+LONGEST_TOKEN_CHARS = 512  # the longest in known vocabularies are runs of 128 spaces
 
 
 async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -41,8 +40,10 @@ async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[i
         text = render(template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
         return tokenizer.encode(text)
 
+    num_chars = sum(len(turn["content"]) for turn in turns)
+    _check_could_fit(num_chars, opened, param="messages")
     try:
-        return tuple(await _off_loop(encode, sum(len(turn["content"]) for turn in turns)))
+        return tuple(await asyncio.to_thread(encode))
     except TemplateError as exc:
         text = f"the chat template of {opened.id!r} refuses these messages: {exc}"
         raise ApiError(400, text, param="messages", code="template_error") from exc
@@ -67,7 +68,8 @@ async def text_prompts(
     encoded = []
     for one in prompts:
         if isinstance(one, str):
-            ids = await _off_loop(partial(tokenizer.encode, one), len(one))
+            _check_could_fit(len(one), opened, param="prompt")
+            ids = await asyncio.to_thread(tokenizer.encode, one)
             if tokenizer.add_bos and tokenizer.bos_id is not None:
                 ids = [tokenizer.bos_id, *ids]
         else:
@@ -85,8 +87,11 @@ async def text_prompts(
     return encoded
 
 
-async def _off_loop(encode: Callable[[], list[int]], num_chars: int) -> list[int]:
-    return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)
+def _check_could_fit(num_chars: int, opened: OpenModel, *, param: str) -> None:
+    """Refuse a hopeless text before seconds are spent on encoding it."""
+    at_least = num_chars // LONGEST_TOKEN_CHARS
+    if at_least >= opened.context_tokens:
+        raise context_exceeded(at_least, opened.context_tokens, param=param)
 
 
 def plan(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from control.gateway import prompts
-from tests.control.gateway.fake_backend import MODEL, FakeBackend, byte_tokenizer
+from tests.control.gateway.fake_backend import CONTEXT_TOKENS, MODEL, FakeBackend, byte_tokenizer
 from tests.control.gateway.live import Live, serve
 
 
@@ -94,8 +94,10 @@ def test_a_text_begins_with_bos_where_the_model_wants_it() -> None:
     assert [len(one.prompt_ids) for one in backend.requests] == [2, 3, 1]
 
 
-def test_a_long_text_is_encoded_beside_the_loop_with_the_same_result(live: Live) -> None:
-    text = " the" * (prompts.INLINE_CHARS // 2)
-    answer = live.http.post("/v1/completions", json={"model": MODEL, "prompt": text})
+@pytest.mark.parametrize("size", [CONTEXT_TOKENS, CONTEXT_TOKENS * prompts.LONGEST_TOKEN_CHARS])
+def test_a_long_text_is_refused_and_a_hopeless_one_is_not_even_encoded(
+    live: Live, size: int
+) -> None:
+    answer = live.http.post("/v1/completions", json={"model": MODEL, "prompt": "x" * size})
     assert answer.json()["error"]["code"] == "context_length_exceeded"
-    assert str(prompts.INLINE_CHARS // 2) in answer.json()["error"]["message"]
+    assert f"at least {CONTEXT_TOKENS}." in answer.json()["error"]["message"]
