@@ -1,0 +1,1 @@
+"""The CPU engine: quantised weights, float32 activations, kernels compiled by numba."""

@@ -1,0 +1,53 @@
+"""The threads that run a step together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Crew:
+    """Calls a function on several threads at once: the caller's and ``num_threads - 1`` helpers.
+
+    The function must release the interpreter lock, and must itself wait until every thread has
+    left what they share; so no call waits here, and helpers sleep between calls.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._task: Callable[[int], None] = _nothing
+        self._wake = [threading.Semaphore(0) for _ in range(num_threads - 1)]
+        self._closing = False
+        self._helpers = [
+            threading.Thread(target=self._help, args=(number,), daemon=True, name=f"crew-{number}")
+            for number in range(1, num_threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
+
+    def run(self, task: Callable[[int], None]) -> None:
+        """Call ``task(thread)`` for every thread, 0 on the caller's."""
+        self._task = task
+        for wake in self._wake:
+            wake.release()
+        task(0)
+
+    def close(self) -> None:
+        """End the helpers; a second call does nothing."""
+        self._closing = True
+        for wake in self._wake:
+            wake.release()
+        for helper in self._helpers:
+            helper.join(timeout=5.0)
+        self._helpers = []
+
+    def _help(self, number: int) -> None:
+        wake = self._wake[number - 1]
+        while True:
+            wake.acquire()
+            if self._closing:
+                return
+            self._task(number)
+
+
+def _nothing(thread: int) -> None:
+    """What helpers would run before the first task; they are never woken for it."""

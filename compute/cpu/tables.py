@@ -1,0 +1,84 @@
+"""Names of the numbers that kernels read from tables: plain integers, so that compiled code is
+kept between processes and fits every model."""
+
+from __future__ import annotations
+
+# dims: int64, one model's shard
+(
+    HIDDEN,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    HEAD_DIM,
+    NUM_LAYERS,
+    ROPE_DIM,
+    USES_GELU,
+    FINAL_NORM,
+    NUM_DIMS,
+) = range(9)
+
+# reals: float32, one model
+EPS, EMBEDDING_SCALE, ATTENTION_SCALE, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, NUM_REALS = range(6)
+
+# matrices: int64 (7 a layer, then embedding and output layer; columns below); addresses in bytes
+Q, K, V, O, GATE, UP, DOWN, MATRICES_A_LAYER = range(8)  # noqa: E741  # the projection's name
+EMBEDDING, OUTPUT = 0, 1  # behind the layers
+ADDRESS, KIND, TILES, GROUPS, BIAS, NUM_COLUMNS = range(6)
+
+# layers: int64 (one row a layer); addresses of float32 vectors, 0 where the model has none
+(
+    ATTENTION_NORM,
+    ATTENTION_POST_NORM,
+    MLP_NORM,
+    MLP_POST_NORM,
+    Q_NORM,
+    K_NORM,
+    ROPE,  # (context, 2, rope dim / 2): cosines, sines
+    WINDOW,  # tokens seen; 0 for all
+    NUM_LAYER_COLUMNS,
+) = range(9)
+
+# step: int64, one call
+(
+    FIRST_HALF,  # a layer is two halves: attention, MLP
+    LAST_HALF,  # not included
+    DO_EMBED,
+    DO_OUTPUT,
+    NUM_ROWS,
+    NUM_RUNS,
+    NUM_OUT,
+    NUM_THREADS,
+    COUNTERS,
+    EXITS,  # a counter: helper threads that left the step
+    TOKENS,  # int64 (rows,)
+    SLOTS,
+    POSITIONS,
+    RUN_STARTS,  # int64 (runs,): a run is at most RUN_ROWS consecutive rows of one sequence
+    RUN_LENGTHS,
+    OUT_ROWS,  # int64 (outputs,): rows whose logits are wanted
+    RESIDUAL,  # activations, all float32 (groups, rows, 32)
+    X,
+    X_SUMS,  # float32 (groups, rows, 2)
+    QUERIES,
+    KEYS,
+    VALUES,
+    MIXED,  # what attention read, before the o projection
+    MIXED_SUMS,
+    INNER,  # the MLP's inner activations
+    INNER_SUMS,
+    PARTIAL,  # a half's output, before it joins the residual
+    LOGITS,  # float32 (vocab tiles, outputs, 32)
+    SCRATCH,  # per thread, SCRATCH_BYTES each
+    SCRATCH_BYTES,
+    SCORES_TOKENS,  # scores a query has room for
+    CACHE,
+    PAGES,  # int64 (slots, pages a slot): number of the page in the cache
+    PAGES_A_SLOT,
+    PAGE_BYTES,
+    NUM_STEP,
+) = range(36)
+
+RUN_ROWS = 8
+PAGE_TOKENS = 64
+MAX_ROWS = 256  # rows in one call of a kernel
+PHASES_A_LAYER = 8
+PHASES_BESIDE_LAYERS = 3
