@@ -1,0 +1,65 @@
+"""Live nodes: one shared by tests that leave it as it was, fresh ones for those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.live_node import LiveNode, free_tcp_port
+from tests.models.default_model import default_model_path
+
+MakeNode = Callable[..., LiveNode]
+
+
+@pytest.fixture(scope="session")
+def models_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that finds the default model's file, fetched once for all tests."""
+    file = default_model_path()
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "models").mkdir()
+    place_in_store(folder / "models", file)
+    config = folder / "config.yaml"
+    config.write_text(f"models:\n  dir: {folder / 'models'}\nengine:\n  slots: 4\n  threads: 1\n")
+    return config
+
+
+def place_in_store(root: Path, file: Path) -> None:
+    """Put the default model's file where the store keeps it, as a link to the shared copy."""
+    target = root / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(file.resolve())
+
+
+@pytest.fixture(scope="session")
+def shared_node(
+    models_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveNode]:
+    """A node with the default model; tests must leave it serving."""
+    node = LiveNode(tmp_path_factory.mktemp("node"), "shared@127.0.0.1", free_tcp_port())
+    try:
+        yield node.start("--config", str(models_config))
+    finally:
+        status = node.stop()
+    assert status == 0, "\n".join(node.lines)
+    assert not node.port_pids()
+
+
+@pytest.fixture
+def make_node(models_config: Path, tmp_path: Path) -> Iterator[MakeNode]:
+    """Makes nodes that are stopped after the test, whatever it did to them."""
+    made: list[LiveNode] = []
+
+    def make(*args: str, expect_ready: bool = True, config: Path | None = None) -> LiveNode:
+        number = len(made) + 1
+        home = tmp_path / f"home{number}"
+        node = LiveNode(home, f"node{number}@127.0.0.1", free_tcp_port())
+        made.append(node)
+        node.start("--config", str(config or models_config), *args, expect_ready=expect_ready)
+        return node
+
+    yield make
+    for node in made:
+        node.stop()
+        assert not node.port_pids()
