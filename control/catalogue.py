@@ -27,6 +27,7 @@ from control.fetch import disk_errors
 from models.card import Card, HubSource, PathSource, Source, find_card
 
 MANIFEST = "phalanx.json"
+NOTE = "progress.json"  # in the folder of a download: how far it is
 HUB = "hf:"
 _HUB_FORM = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/(.+))?")
 
@@ -110,6 +111,10 @@ class Shelf:
         """Where it grows."""
         return self.root / ".partial" / slug(model_id)
 
+    def has_part(self, model_id: str) -> bool:
+        """Whether something of a model has arrived that the next download can use."""
+        return any(p.is_file() and p.name != NOTE for p in self.work(model_id).rglob("*"))
+
     def lock_file(self, model_id: str) -> Path:
         """Locked by whoever writes to the two. Raises StoreUnusable, DiskFull."""
         path = self.root / ".locks" / f"{slug(model_id)}.lock"
@@ -192,7 +197,7 @@ class Shelf:
 
     def _card_entry(self, card: Card) -> Entry:
         path = self.path_of(ModelRef(card.id, card.sources, card))
-        state: State = "local" if path else "partial" if self.work(card.id).exists() else "remote"
+        state: State = "local" if path else "partial" if self.has_part(card.id) else "remote"
         return Entry(
             id=card.id,
             name=card.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -67,10 +68,16 @@ class HttpSettings:
 
 def tls_context() -> ssl.SSLContext:
     """Certificates as pip would trust them, so that one setting serves both."""
+    variables = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+    return _tls_context(tuple(os.environ.get(name, "") for name in variables))
+
+
+@functools.lru_cache(maxsize=4)  # reading the files takes longer than a small download
+def _tls_context(files: tuple[str, ...]) -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
-    for variable in ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        if os.path.isfile(path := os.environ.get(variable, "")):
+    for path in files:
+        if os.path.isfile(path):
             context.load_verify_locations(path)
     return context
 
@@ -138,14 +145,18 @@ def fetch(
     """
     if target.exists():
         return
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise DownloadFailed(url, str(exc), "Correct the address") from exc
     part = _Part(url, target, sha256, size_bytes, on_bytes, cancelled)
     with disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.size() > 0
     while True:
         try:
-            if urlsplit(url).scheme == "file":
-                part.copy(Path(unquote(urlsplit(url).path)))
+            if parts.scheme == "file":
+                part.copy(Path(unquote(parts.path)))
             else:
                 with settings.client() as client:
                     _with_retries(part, client, settings)
@@ -279,7 +290,7 @@ class _Part:
         etag = answer.headers.get("ETag", "")
         with disk_errors(self.path.parent):
             self._note.write_text(json.dumps({"url": self.url, "etag": etag}))
-        self._write(answer.iter_bytes(CHUNK_BYTES), start, total)
+        self._write(answer.iter_bytes(), start, total)
         if total and self.size() != total:
             raise _Again(f"the connection ended after {self.size()} of {total} bytes")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 
 from control import hub, package_index
-from control.catalogue import Entry, ModelRef, Shelf, check_model_path, resolve
+from control.catalogue import NOTE, Entry, ModelRef, Shelf, check_model_path, resolve
 from control.errors import (
     ChecksumMismatch,
     ControlError,
@@ -223,7 +223,7 @@ class _Fetching:
         self._shelf, self._ref, self._http, self._pip = shelf, ref, http, pip
         self._tell, self._cancelled = report, cancelled
         self._work = shelf.work(ref.id)
-        self._note = self._work / "progress.json"
+        self._note = self._work / NOTE
         self._now = Progress(model=ref.id, phase="waiting")
         self._on_bytes = throttled(lambda d, t: self._report(done_bytes=d, total_bytes=t))
         self._write_note = throttled(self._save_note, NOTE_PERIOD_S)
@@ -234,10 +234,17 @@ class _Fetching:
             if path is None:
                 try:
                     path = self._first_that_works()
+                    keep = False
                 except (DiskFull, ChecksumMismatch):
-                    shutil.rmtree(self._work, ignore_errors=True)
+                    keep = False
                     raise
-                shutil.rmtree(self._work, ignore_errors=True)
+                except BaseException:
+                    self._note.unlink(missing_ok=True)
+                    keep = self._shelf.has_part(self._ref.id)
+                    raise
+                finally:
+                    if not keep:
+                        shutil.rmtree(self._work, ignore_errors=True)
         self._report(phase="done", done_bytes=self._now.total_bytes)
         return path
 
@@ -275,7 +282,10 @@ class _Fetching:
                     work=work,
                     pip=self._pip,
                     settings=self._http,
-                    on_bytes=self._on_bytes,
+                    # the sizes of later wheels are not known yet: the file's own is near enough
+                    on_bytes=lambda done, _: self._on_bytes(
+                        min(done, source.size_bytes), source.size_bytes
+                    ),
                     on_phase=lambda phase: self._report(phase=phase),
                     cancelled=self._cancelled,
                 )
@@ -325,7 +335,8 @@ def describe_source(source: Source) -> str:
     """One word or two for tables and errors."""
     match source:
         case PackageSource(parts=parts):
-            return "package " + " + ".join(f"{p.package}=={p.version}" for p in parts)
+            more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+            return f"package {parts[0].package}=={parts[0].version}{more}"
         case HubSource(repo=repo, files=files):
             return f"hub {repo}" + (f"/{files[0]}" if len(files) == 1 else "")
         case PathSource(path=path):

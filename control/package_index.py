@@ -153,7 +153,10 @@ def parse_html(text: str, base_url: str) -> list[WheelLink]:
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             href = dict(attrs).get("href")
             if tag == "a" and href:
-                url, fragment = urldefrag(urljoin(base_url, href))
+                try:
+                    url, fragment = urldefrag(urljoin(base_url, href))
+                except ValueError:  # not an address at all: some other file's link
+                    return
                 digest = re.search(r"(?:^|&)sha256=([0-9a-fA-F]{64})(?:&|$)", fragment)
                 filename = unquote(urlsplit(url).path.rpartition("/")[2])
                 links.append(WheelLink(filename, url, digest[1] if digest else None))
