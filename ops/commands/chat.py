@@ -216,7 +216,7 @@ class Pipe:
     """Lines of a stdin that is no terminal."""
 
     async def read(self) -> str:
-        line = await asyncio.to_thread(sys.stdin.readline)
+        line: str = await asyncio.to_thread(sys.stdin.readline)
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
