@@ -150,7 +150,7 @@ def report(supervisor: Term, context: str, reason: Term, offender: list[Term]) -
 
 def report_progress(supervisor: Term, child: Child) -> None:
     """Log that ``child`` was started, as OTP's PROGRESS REPORT."""
-    _log.info(
+    _log.debug(
         "progress report: supervisor %s, started %r at %s",
         supervisor[1] if supervisor[0] == "local" else supervisor[0],
         child.spec.id,

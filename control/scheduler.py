@@ -211,7 +211,8 @@ class Scheduler(GenServer):
         return record
 
     def _new_id(self, model: str) -> str:
-        slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in model.lower()).strip("-")
+        last = model.rstrip("/").rpartition("/")[2]  # of a path or a hub reference
+        slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in last.lower()).strip("-")
         number = 1
         while f"{slug}-{number}" in self.records:
             number += 1

@@ -123,7 +123,15 @@ def configure(
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(level.upper())
-    for chatty in ("httpx", "httpcore", "filelock", "urllib3", "huggingface_hub", "asyncio"):
+    for chatty in (
+        "httpx",
+        "httpcore",
+        "filelock",
+        "urllib3",
+        "huggingface_hub",
+        "asyncio",
+        "uvicorn",
+    ):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     structlog.configure(
         processors=[

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from bridge import gen_server
 from bridge.epmd import Epmd
 from bridge.errors import EpmdError
 from bridge.node import Node
@@ -122,7 +121,7 @@ async def _serve(
     ends = [
         asyncio.create_task(stopping.wait()),
         asyncio.create_task(heart.gone.wait()),
-        asyncio.create_task(_root_died(me, root)),
+        asyncio.create_task(_ended(me.node, root)),
     ]
     try:
         await asyncio.wait([models, *ends], return_when=asyncio.FIRST_COMPLETED)
@@ -160,19 +159,21 @@ def _is_first_life(home: Home) -> bool:
     return True
 
 
-async def _root_died(me: Process, root: Pid) -> Term:
-    return await me.receive(
-        lambda m: m if isinstance(m, tuple) and m[0] == "EXIT" and m[1] == root else None
-    )
+async def _ended(node: Node, root: Pid) -> Term:
+    """The reason of the tree's end, once it has ended."""
+    with node.open_process(label="watch root_sup") as me:
+        monitor = me.monitor(root)
+        return await me.receive(lambda m: m[4] if m[:2] == ("DOWN", monitor) else None)
 
 
 async def _end_tree(me: Process, root: Pid) -> None:
     """Stop everything in reverse order; OS children are gone afterwards."""
-    monitor = me.monitor(root)
     me.exit(root, Atom("shutdown"))
-    with contextlib.suppress(gen_server.CallError, TimeoutError):
+    try:
         async with asyncio.timeout(TREE_STOP_S):
-            await me.receive(lambda m: True if m[:2] == ("DOWN", monitor) else None)
+            await _ended(me.node, root)
+    except TimeoutError:
+        log.error("the tree did not end within %.0f s; it is killed", TREE_STOP_S)
 
 
 def _start_failed(error: StartError) -> int:

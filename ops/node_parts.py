@@ -10,7 +10,7 @@ from collections.abc import Callable
 from bridge.node import Node
 from control.cluster_api import ClusterApi
 from control.gateway.process import BoundAddress
-from control.machine import Limits
+from control.machine import Limits, read_machine
 from control.model_store import ModelStore
 from control.rank import RankLimits
 from control.scheduler import Shape
@@ -20,6 +20,10 @@ from ops.home import Home
 from ops.port_starter import PortStarter
 from ops.start_settings import StartSettings
 from ops.tree import Parts
+
+
+# A model's own context can be 128k and more; its KV cache for every slot would fill the machine.
+DEFAULT_CONTEXT_TOKENS = 8192
 
 
 def make_parts(
@@ -33,6 +37,11 @@ def make_parts(
     """All parts of this node's tree."""
     device = next((d for d in config.devices if d.hostname in _host_names(settings)), None)
     roles = device.roles if device else frozenset(Role)
+    limits = Limits(
+        max_memory_bytes=device.max_memory_bytes if device else None,
+        max_cores=device.max_cores if device else None,
+        gpu=device.gpu if device else None,
+    )
     cards = load_cards(config.models.cards)
     store = ModelStore(config.models.dir or home.models_dir, cards)
     return Parts(
@@ -48,15 +57,11 @@ def make_parts(
         stop=stop,
         state_dir=home.state_dir,
         roles=tuple(sorted(str(r) for r in roles)),
-        machine_limits=Limits(
-            max_memory_bytes=device.max_memory_bytes if device else None,
-            max_cores=device.max_cores if device else None,
-            gpu=device.gpu if device else None,
-        ),
+        machine_limits=limits,
         shape=Shape(
-            context_tokens=config.engine.context_tokens or 0,
+            context_tokens=config.engine.context_tokens or DEFAULT_CONTEXT_TOKENS,
             num_slots=config.engine.num_slots,
-            threads=config.engine.threads or 0,
+            threads=config.engine.threads or read_machine(limits).cores,
             device=config.engine.device or "",
         ),
         rank_limits=RankLimits(),
