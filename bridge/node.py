@@ -11,6 +11,7 @@ from bridge import gen_server
 from bridge.connection import MAX_OUTBOUND_BYTES
 from bridge.epmd import Epmd
 from bridge.exit_signals import KILLED
+from bridge.global_names import GlobalNameServer
 from bridge.kernel_servers import NetKernelServer
 from bridge.local_node import LocalNode, ProcessInfo
 from bridge.net_kernel import NetKernel
@@ -89,6 +90,9 @@ class Node(LocalNode):
         # Before the first peer can get in: it may ask for them at once.
         self.network = self._kernel = kernel
         servers = [await gen_server.start(self, NetKernelServer(), name="net_kernel")]
+        if not self.hidden:
+            server = GlobalNameServer()
+            servers.append(await gen_server.start(self, server, name="global_name_server"))
         try:
             self.address = await kernel.start(listen)
         except BaseException:
