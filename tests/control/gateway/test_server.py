@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 
 from control.gateway.app import create_app
 from control.gateway.server import AddressUnavailable, HttpServer
+from control.gateway.settings import GatewaySettings
 from tests.control.gateway.fake_backend import MODEL, FakeBackend
+from tests.control.gateway.live import serve
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -83,6 +86,7 @@ def test_a_request_that_runs_is_finished_before_the_end() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_outlasts_the_drain_is_cancelled(stream: bool) -> None:
     async def main() -> None:
@@ -98,3 +102,20 @@ def test_a_request_that_outlasts_the_drain_is_cancelled(stream: bool) -> None:
             await asyncio.gather(asking, return_exceptions=True)
 
     asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_is_let_go() -> None:
+    backend = FakeBackend(say="x" * 200)
+    with serve(backend, settings=GatewaySettings(write_timeout_s=0.2)) as live:
+        ask = {**ASK, "stream": True, "n": 64, "logprobs": True, "top_logprobs": 20}
+        body = json.dumps(ask).encode()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((live.host, live.port))
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+            deaf.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            for _ in range(64):
+                backend.closed.get(timeout=20)
+            assert backend.active == 0
+            assert live.http.get("/health").status_code == 200
