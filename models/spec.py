@@ -5,6 +5,7 @@ No code branches on a model's name: everything in which families differ is a fie
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,8 +167,11 @@ class ModelSpec:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
         if any(w is not None and w <= 0 for w in self.windows):
             raise ValueError("a sliding window must be positive")
-        if not self.norm_eps > 0 or not self.rope.theta > 0 or not self.rope.factor > 0:
-            raise ValueError("norm_eps, rope theta and rope factor must be positive")
+        positive: tuple[float, ...] = (self.norm_eps, self.attention_scale)
+        for rope in (self.rope, self.local_rope or self.rope):
+            positive += (rope.theta, rope.factor, *rope.divisors)
+        if not all(math.isfinite(x) and x > 0 for x in positive):
+            raise ValueError("norm_eps, attention_scale and rope numbers must be positive")
 
     def rope_of(self, layer: int) -> RopeSpec:
         """Position embedding of one layer (0-based)."""

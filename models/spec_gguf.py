@@ -147,7 +147,7 @@ def from_gguf(file: GgufFile, tensor_names: Collection[str] | None = None) -> Mo
             activation=arch.activation,
             tied_embeddings="output.weight" not in names,
         )
-    except ValueError as exc:
+    except (ValueError, ArithmeticError) as exc:
         raise CorruptModel(file.path, f"impossible metadata: {exc}") from exc
 
 

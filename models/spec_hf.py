@@ -116,7 +116,7 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
         raise UnsupportedModel(path, f"text model type {model_type!r}")
     try:
         return _spec(_Config(path, values, model_type), FAMILIES[model_type], model_type)
-    except (ValueError, OverflowError, ZeroDivisionError) as exc:
+    except (ValueError, ArithmeticError) as exc:
         raise CorruptModel(path, f"impossible configuration: {exc}") from exc
 
 

@@ -52,6 +52,10 @@ def load(file: GgufFile) -> Tokenizer:
     backend.add_special_tokens([_added(tokens[n], special=True) for n in special])
     backend.add_tokens([_added(tokens[n], special=False) for n in plain])
     ids = {key: _token_id(file, key, len(tokens)) for key in (*END_KEYS, "bos_token_id")}
+    if model == "llama":  # ids that SentencePiece's files may leave out
+        for key, usual in (("bos_token_id", 1), ("eos_token_id", 2)):
+            if f"tokenizer.ggml.{key}" not in file.metadata and usual in special:
+                ids[key] = usual
     return Tokenizer(
         backend,
         spelling=spelling,
@@ -146,7 +150,12 @@ def _sentencepiece(
     file: GgufFile, tokens: list[str], types: Sequence[int], space_prefix: bool
 ) -> Backend:
     # Gemma's files write runs of spaces as spaces; all other tokens write ▁ for a space.
-    spelled = ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
+    taken = set(tokens)
+    runs = {token: "▁" * len(token) for token in taken if token and not token.strip(" ")}
+    spelled = [
+        run if (run := runs.get(token)) is not None and run not in taken else token
+        for token in tokens
+    ]
     vocab = _vocabulary(file.path, spelled)
     scores = file.array("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):

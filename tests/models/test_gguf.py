@@ -308,24 +308,21 @@ def test_every_truncation_is_a_typed_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int, Path]:
-    folder = tmp_path_factory.mktemp("flip")
-    path = write_gguf(folder / "m.gguf", llama_tensors(layers=1))
-    return path.read_bytes(), open_gguf(path).header_bytes, folder
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("flip") / "m.gguf", llama_tensors(layers=1))
 
 
 @settings(max_examples=300, deadline=None)
 @given(flips=st.lists(st.integers(0, 2**20), min_size=1, max_size=3))
 @pytest.mark.slow
-def test_flipped_header_bits_give_a_model_or_a_typed_error(
-    sound: tuple[bytes, int, Path], flips: list[int]
-) -> None:
-    raw, header_bytes, folder = sound
-    damaged = bytearray(raw)
+def test_flipped_header_bits_give_a_model_or_a_typed_error(sound: Path, flips: list[int]) -> None:
+    damaged = bytearray(sound.read_bytes())
+    header_bits = open_gguf(sound).header_bytes * 8
     for flip in flips:
-        byte, bit = divmod(flip % (header_bytes * 8), 8)
+        byte, bit = divmod(flip % header_bits, 8)
         damaged[byte] ^= 1 << bit
-    path = folder / "flipped.gguf"
+    path = sound.with_name("flipped.gguf")
+    path.unlink(missing_ok=True)
     path.write_bytes(damaged)
     try:
         checkpoint = open_checkpoint(path)
