@@ -112,7 +112,7 @@ class GenServer:
         return {
             Atom(name): repr(value)[:2000].encode("utf-8", "replace")
             for name, value in vars(self).items()
-            if not name.startswith("_") and name != "me"
+            if not name.startswith("_") and name not in ("me", "continue_with")
         }
 
 
@@ -227,8 +227,11 @@ async def _serve(me: Process, server: GenServer, started: asyncio.Future[None]) 
     except _Terminated:
         raise
     except Exception as exc:
-        await server.terminate(runner.crash_reason(exc))
-        raise
+        reason = runner.crash_reason(exc)
+        await server.terminate(reason)
+        # Here, not in the runner: both must name the same reason, and the stack has grown there.
+        runner.report(me, reason, exc)
+        raise Exit(reason, quiet=True) from exc
 
 
 async def _handle_call(server: GenServer, from_: Term, request: Term) -> None:

@@ -41,7 +41,7 @@ class GlobalNameServer(GenServer):
                 self._next_tag += 1
                 self._tag_of[node] = his_tag
                 me = self.me.node.name
-                locker = (Atom("locker"), Atom("no_longer_a_pid"), {}, self.me.pid)
+                locker: Term = (Atom("locker"), Atom("no_longer_a_pid"), {}, self.me.pid)
                 self._cast(node, Atom("init_connect"), (_VERSION, self._next_tag), me, locker)
                 ack = (Atom("init_connect_ack"), me, his_tag, self._next_tag)
                 self.me.send((_NAME, node), ack)

@@ -63,17 +63,13 @@ async def _run(process: Process, body: Body) -> None:
         reason = NORMAL
     except Exit as exc:
         reason = exc.reason
-        if process.alive and not exc.quiet and not is_clean(reason):
-            report_crash(process, reason, exc)
+        report(process, reason, exc)
     except asyncio.CancelledError:
         if process.alive:  # not by a signal: the event loop is shutting down
             raise
     except Exception as exc:  # noqa: BLE001 -- a crashing process takes nothing down with it
         reason = crash_reason(exc)
-        if process.alive:
-            report_crash(process, reason, exc)
-        else:
-            _log.warning("process %s failed while it was stopped", process.pid, exc_info=exc)
+        report(process, reason, exc)
     finally:
         process.task = None  # it ends by itself: nothing to cancel
         process.node.terminate(process, reason)
@@ -98,8 +94,17 @@ def crash_reason(error: BaseException) -> Term:
     return (Atom(type(error).__name__), str(error).encode("utf-8", "replace"), stack)
 
 
-def report_crash(process: Process, reason: Term, error: BaseException) -> None:
-    """Write who crashed, why, and in which state, as proc_lib's crash report does."""
+def report(process: Process, reason: Term, error: Exception) -> None:
+    """Write who crashed, why, and in which state, as proc_lib's crash report does.
+
+    Nothing is written of an orderly end, nor of the cause for a process that is dead already.
+    """
+    if isinstance(error, Exit) and (error.quiet or is_clean(reason)):
+        return
+    if not process.alive:
+        if not isinstance(error, Exit):
+            _log.warning("process %s failed while it was stopped", process.pid, exc_info=error)
+        return
     state: object = None
     if process.describe_state is not None:
         try:
