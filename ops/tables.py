@@ -158,9 +158,10 @@ MODELS: Final = (
 
 
 def table(title: str, columns: Sequence[Column], records: Sequence[Record]) -> RenderableType:
-    """One row a record; a line that says so where there is none."""
+    """One row a record; a line that says so where there is none. Empty columns are left out."""
     if not records:
         return Text(f"{title}: none")
+    columns = [c for c in columns if any(c.text(record) not in ("-", "") for record in records)]
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
         made.add_column(
@@ -239,7 +240,9 @@ def tree(data: Record) -> RenderableType:
 
 def _branch(record: Record) -> Text:
     kind, state = plain(record.get("type")), plain(record.get("state"))
-    text = Text(plain(record.get("id")), "bold" if kind == "supervisor" else "")
+    text = Text(
+        plain(record.get("id") or record.get("name")), "bold" if kind == "supervisor" else ""
+    )
     if record.get("strategy"):
         text.append(f" {plain(record['strategy'])}", "cyan")
     text.append(f" {plain(record.get('pid'))}", "dim")

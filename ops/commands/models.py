@@ -59,10 +59,11 @@ def pull(
     json: JsonOption = False,
 ) -> None:
     """Download a model, so that loading it needs no network; an interrupted one goes on."""
+    wanted = model_ref(model)
 
     async def pulled(client: ClusterClient) -> dict[str, Any]:
-        id_ = text_of(await client.call((Atom("pull"), model_ref(model))))
-        return await until_pulled(client, id_)
+        await client.call((Atom("pull"), wanted))
+        return await until_pulled(client, wanted)
 
     found = run(target(home, node), pulled)
     show(found, json, lambda data: tables.models([data]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import Any, Final
 
@@ -23,7 +24,6 @@ from ops.errors import Refused
 from ops.tables import printable
 
 POLL_S: Final = 0.2
-FETCHED: Final = ("local", "loading", "ready")  # states of a model whose files are here
 
 
 class Meter:
@@ -90,7 +90,8 @@ async def until_ready(client: ClusterClient, instance: str) -> dict[str, Any]:
                 case "failed":
                     raise Refused("failed", f"{instance} failed: {row.get('reason') or 'unknown'}")
                 case "pulling":
-                    await _show_pull(client, meter, row["model"])
+                    with contextlib.suppress(Refused):  # then the instance says it itself, soon
+                        await _show_pull(client, meter, row["model"])
                 case state:
                     ranks = row.get("ranks") or []
                     meter.show(
@@ -109,23 +110,18 @@ async def until_pulled(client: ClusterClient, model: str) -> dict[str, Any]:
     """
     with Meter() as meter:
         while True:
-            rows = to_json(await client.call(Atom("models")))
-            row = next((row for row in rows if row["id"] == model), None)
-            if row is not None and row["state"] in FETCHED:
-                return dict(row)
-            progress = await _show_pull(client, meter, model)
-            if progress.get("state") == "failed":
-                text = str(progress.get("text") or "unknown")
-                raise Refused("failed", f"pulling {model} failed: {text}")
+            if await _show_pull(client, meter, model) == "done":
+                break
             await asyncio.sleep(POLL_S)
+    rows = to_json(await client.call(Atom("models")))
+    known = (row for row in rows if model == row["id"] or model in row.get("aliases", []))
+    return dict(next(known, {"id": model, "state": "local"}))  # a path or hub reference has none
 
 
-async def _show_pull(client: ClusterClient, meter: Meter, model: str) -> dict[str, Any]:
+async def _show_pull(client: ClusterClient, meter: Meter, model: str) -> str:
+    """Show how far a download is; its phase. Raises Refused: why the last one failed."""
     progress: dict[str, Any] = to_json(await client.call((Atom("pull_progress"), model)))
+    phase = str(progress["phase"])
     source = f" from {progress['source']}" if progress.get("source") else ""
-    meter.show(
-        f"{model}: {progress.get('state')}{source}",
-        progress.get("done_bytes") or 0,
-        progress.get("total_bytes") or 0,
-    )
-    return progress
+    meter.show(f"{model}: {phase}{source}", progress["done_bytes"], progress["total_bytes"])
+    return phase

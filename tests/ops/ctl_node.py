@@ -108,7 +108,9 @@ class Cluster(GenServer):
                 return (OK, "lama-1")
             case ("pull", model):
                 self._pulls[text_of(model)] = 0
-                return (OK, model)
+                return OK
+            case ("pull_progress", b"gone"):
+                return (ERROR, Atom("download_failed"), "no source could be reached")
             case ("pull_progress", model):
                 return (OK, atoms(self._progress(text_of(model))))
             case ("place", b"huge", _):
@@ -175,13 +177,11 @@ class Cluster(GenServer):
 
     def _progress(self, model: str) -> dict[str, Any]:
         self._pulls[model] = self._pulls.get(model, 0) + 1
-        failed = model == "gone"
         return {
-            "state": Atom("failed" if failed else "pulling"),
+            "phase": Atom("done" if self._pulls[model] > 2 else "downloading"),
             "source": "package index",
             "done_bytes": 50_000_000,
             "total_bytes": 101_000_000,
-            "text": "no source could be reached" if failed else "",
         }
 
     def _tree(self) -> dict[str, Any]:
@@ -199,7 +199,13 @@ class Cluster(GenServer):
             "restarts": 4,
             "children": [worker, {**worker, "id": Atom("scheduler"), "state": Atom("restarting")}],
         }
-        return {**below, "id": Atom("root_sup"), "restarts": 0, "children": [below]}
+        return {
+            "name": Atom("root_sup"),
+            "pid": self.me.pid,
+            "strategy": Atom("rest_for_one"),
+            "type": Atom("supervisor"),
+            "children": [below],
+        }
 
     async def _stream(self, me: Process, to: Pid, ref: Term, prompt: Term) -> None:
         def send(what: Term) -> None:
@@ -207,7 +213,7 @@ class Cluster(GenServer):
 
         watch = me.monitor(to)
         usage = {Atom("prompt_tokens"): 2, Atom("completion_tokens"): 3, Atom("total_tokens"): 5}
-        match prompt:
+        match prompt[-1]["content"] if isinstance(prompt, list) else prompt:
             case b"forever":
                 send((Atom("token"), 0, "and so on"))
                 await me.receive(lambda m: True if m[:2] == ("DOWN", watch) else None)

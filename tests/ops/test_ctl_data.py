@@ -33,7 +33,7 @@ def test_status_json_is_the_contract_map(node: CtlNode) -> None:
         ("status", ["cluster lab", "leader n@127.0.0.1", "Testchip", "lama-1", "ready", "cpu:0"]),
         ("nodes", ["n@127.0.0.1", "compute, storage", "5.0 GB of 8.0 GB", "cpu Testchip"]),
         ("topology", ["Links: none"]),
-        ("tree", ["root_sup", "cluster_sup", "restarts 4", "election", "restarting", "├──"]),
+        ("tree", ["root_sup rest_for_one", "cluster_sup", "restarts 4", "restarting", "├──"]),
         ("model list", ["lama", "101.0 MB", "8192", "Apache-2.0", "big-lama", "remote"]),
         ("model ps", ["lama-1", "single 1x1", "4711", "0..30", "0..3", "101.0 MB"]),
         ("place lama", ["model: lama", "2.0 MB", "no compute role"]),
@@ -89,7 +89,7 @@ def test_load_waits_until_the_instance_is_ready(node: CtlNode) -> None:
     )  # fmt: skip
     assert found.status == 0
     assert (found.json["id"], found.json["state"]) == ("tiny-1", "ready")
-    assert "tiny: pulling from package index" in found.err
+    assert "tiny: downloading from package index" in found.err
     assert "tiny-1: loading" in found.err
     options = "[('context', 512), ('engine', b'torch'), ('shares', [2, 1])]"
     assert f"load tiny {options}" in node.seen
