@@ -224,6 +224,6 @@ class Shelf:
 def slug(model_id: str) -> str:
     """A file name for a model: itself where that is safe, else with a digest of it."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "--", model_id).strip(".")[:80]
-    if safe == model_id:
+    if safe and safe == model_id:
         return safe
     return f"{safe}-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}"

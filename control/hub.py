@@ -210,8 +210,10 @@ class _clear_errors:
                 why, advice = "there is no such file", "Check the file's name"
             case HFValidationError():
                 why, advice = str(exc), "Write hf:ORG/REPO or hf:ORG/REPO/FILE"
-            case HfHubHTTPError():
-                status = exc.response.status_code if exc.response is not None else "an error"
+            case HfHubHTTPError(response=response) if response.status_code == 404:
+                why, advice = "there is no such repository or file", "Check the name"
+            case HfHubHTTPError(response=response):
+                status = response.status_code
                 why, advice = f"the hub answered {status}", "Try again later"
             case OSError() if exc.errno is None:  # size mismatch and the like
                 why, advice = str(exc), "Try again"

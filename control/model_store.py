@@ -254,6 +254,7 @@ class _Fetching:
             self._now = Progress(
                 model=self._ref.id, phase="downloading", source=describe_source(source)
             )
+            self._report()
             try:
                 return self._fetch(source, self._work / str(number))
             except (DownloadFailed, NotAModel) as exc:

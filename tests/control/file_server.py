@@ -45,6 +45,7 @@ class FileServer:
     def __init__(self) -> None:
         self.files: dict[str, Served] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range header
+        self.missing_headers: dict[str, str] = {}  # sent with each 404
         self.reached_gate = threading.Event()
         outer = self
 
@@ -148,6 +149,8 @@ class FileServer:
 
     def _status(self, request: BaseHTTPRequestHandler, status: int) -> None:
         request.send_response(status)
+        for name, value in self.missing_headers.items() if status == 404 else ():
+            request.send_header(name, value)
         request.send_header("Content-Length", "0")
         request.end_headers()
 
