@@ -24,6 +24,7 @@ from ops.errors import BadUsage, NoNode, Refused
 from ops.tables import plain, printable
 
 OPEN_S: Final = 660.0  # a model that is loading or recovering is waited for
+DEFAULT: Final = "default"  # the model that the node started with
 TOKEN_S: Final = 660.0  # the cluster gives up before, and says why
 HELP: Final = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
@@ -36,7 +37,7 @@ def chat(
             show_default=False,
             help="As for `ctl model load`; without it, the model that the node started with.",
         ),
-    ] = "default",
+    ] = DEFAULT,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help="Print one answer to this and leave."),
@@ -132,7 +133,13 @@ class Conversation:
                 prompt,
                 {**self.options, Atom("stream_to"): me.pid},
             )
-            ref = await client.call_from(me, request, timeout_s=OPEN_S)
+            try:
+                ref = await client.call_from(me, request, timeout_s=OPEN_S)
+            except Refused as exc:
+                if exc.kind == "unknown_model" and self.model == DEFAULT:
+                    text = f"{client.name} was started without a model: name one of `ctl model ps`"
+                    raise Refused(exc.kind, text) from exc
+                raise
             if not isinstance(ref, Ref):
                 raise Refused("protocol", f"{client.name} answered {ref!r:.80} to generate")
             answer = await _receive(client, me, ref, on_text)

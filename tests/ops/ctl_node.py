@@ -119,8 +119,8 @@ class Cluster(GenServer):
                 chosen = {"node": "n@127.0.0.1", "memory_bytes": 2_000_000}
                 refused = [{"node": "m@127.0.0.1", "why": "no compute role"}]
                 return (OK, atoms({"model": model, "chosen": chosen, "refused": refused}))
-            case ("generate", b"nobody", _, _):
-                return (ERROR, Atom("unknown_model"), "unknown model 'nobody'")
+            case ("generate", b"nobody" | b"default" as model, _, _):
+                return (ERROR, Atom("unknown_model"), f"unknown model '{model.decode()}'")
             case ("generate", _, prompt, dict(options)):
                 ref = self.me.make_ref()
                 to = options["stream_to"]

@@ -109,6 +109,7 @@ def test_a_load_that_fails_gives_the_reason(node: CtlNode) -> None:
         ("model pull gone", "no source could be reached"),
         ("place huge", "needs 800 GiB"),
         ("chat nobody -p hello", "unknown model 'nobody'"),
+        ("chat -p hello", "n@127.0.0.1 was started without a model"),
         ("chat lama -p fail", "the rank is lost"),
     ],
 )
