@@ -225,6 +225,8 @@ def _rope(config: _Config, parameters: Mapping[str, Any], head_dim: int) -> Rope
         raise UnsupportedModel(config.path, f"rope scaling {kind!r}")
     if kind == "default":
         return RopeSpec(theta=theta, dim=dim)
+    if kind == "linear":
+        return RopeSpec(theta=theta, dim=dim, scaling="linear", factor=part.number("factor"))
     attention_factor = parameters.get("attention_factor")
     return RopeSpec(
         theta=theta,
