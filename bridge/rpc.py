@@ -21,7 +21,7 @@ from bridge.term import Atom, Term
 
 _log: Final = logging.getLogger("bridge.rpc")
 
-# Takes the process it runs in and the arguments; raise Exit or Throw for Erlang's own classes.
+# Takes the process it runs in and the arguments; Exit, Throw, ErlangError are Erlang's classes.
 Function: TypeAlias = Callable[..., Awaitable[Term]]
 # (module, function, number of arguments)
 Functions: TypeAlias = dict[tuple[str, str, int], Function]
@@ -35,6 +35,14 @@ class Throw(Exception):
     def __init__(self, value: Term) -> None:
         super().__init__(value)
         self.value: Term = value
+
+
+class ErlangError(Exception):
+    """Raise in a function: the caller gets ``error(Reason)``, such as ``badarg``."""
+
+    def __init__(self, reason: Term) -> None:
+        super().__init__(reason)
+        self.reason: Term = reason
 
 
 class _Undefined(Exception):
@@ -111,6 +119,8 @@ class Rpc:
             return Atom("throw"), thrown.value
         except Exit as exc:
             return Atom("exit"), exc.reason
+        except ErlangError as exc:
+            return Atom("error"), exc.reason, [(module, function, arguments, [])]
         except Exception as exc:  # noqa: BLE001 -- it is the caller's to handle
             _log.error("%s:%s/%d failed", module, function, len(arguments), exc_info=exc)
             kind, text, _ = crash_reason(exc)
