@@ -385,6 +385,7 @@ def test(arguments: list[str]) -> int:
 
 def end(signum: int, _frame: FrameType | None) -> None:
     """SIGTERM ends us as Ctrl-C does: the tool that runs is ended too, the marker stays."""
+    say("ended by a signal; the same command goes on from here")
     sys.exit(128 + signum)
 
 
