@@ -14,8 +14,8 @@ import numpy as np
 from compute.cpu import tables as t
 from compute.cpu.attention import attend, feature, load_index, place_row, sum_of, tanh
 from compute.cpu.jit import entry, inner
-from compute.cpu.layout import BF16, F16, F32, Q4_BYTES, Q4H, Q8_BYTES, Q8H, Q8S
-from compute.cpu.matmul import UNPACKED_BYTES, block_bytes_of, multiply_tile
+from compute.cpu.layout import BF16, BLOCK_BYTES, F16, F32, Q4_BYTES, Q4H, Q8_BYTES, Q8H, Q8S
+from compute.cpu.matmul import UNPACKED_BYTES, multiply_tile
 from compute.cpu.sync import fetch_add, finish, join, take, wait
 from compute.cpu.vector import (
     add,
@@ -43,7 +43,7 @@ _ITEMS_A_THREAD = 4  # so that a thread that lost its core for a while delays th
 @inner
 def _element(kind: Any, matrix: Any, groups: Any, row: Any, column: Any) -> Any:
     """One weight, rounded as the file's format defines it."""
-    block = matrix + ((row >> 5) * groups + (column >> 5)) * block_bytes_of(kind)
+    block = matrix + ((row >> 5) * groups + (column >> 5)) * BLOCK_BYTES[kind]
     lane = row & 31
     j = column & 31
     if kind == F32:
@@ -96,9 +96,17 @@ def _scale_of(base: Any, rows: Any, row: Any, dims: Any, eps: Any) -> Any:
 
 @inner
 def _settle_row(
-    step: Any, dims: Any, reals: Any, row: Any, adds: Any, post_norm: Any, norm: Any, out: Any
+    step: Any,
+    dims: Any,
+    reals: Any,
+    row: Any,
+    adds: Any,
+    post_norm: Any,
+    norm: Any,
+    out: Any,
+    out_rows: Any,
 ) -> None:
-    """Add the half before to a row's residual, and write the row's norm as row ``out`` of X."""
+    """Add the half before to a row's residual; write its norm as row ``out`` of X."""
     rows = step[t.NUM_ROWS]
     residual = step[t.RESIDUAL]
     partial = step[t.PARTIAL]
@@ -113,11 +121,6 @@ def _settle_row(
                 v = mul(mul(v, post), load(post_norm + i * 4))
             store(at, add(load(at), v))
     scale = splat(_scale_of(residual, rows, row, dims, reals[t.EPS]))
-    out_rows = rows
-    if out >= 0:
-        out_rows = step[t.NUM_OUT]
-    else:
-        out = row
     for i in range(0, (dims[t.HIDDEN] + 31) // 32 * 32, 16):
         v = mul(mul(load(feature(residual, rows, row, i)), scale), load(norm + i * 4))
         store(feature(step[t.X], out_rows, out, i), v)
@@ -140,7 +143,7 @@ def _multiply(
 ) -> None:
     out = y + tile * rows * 128
     multiply_tile(
-        matrix[t.KIND],
+        matrix[t.FUNCTION],
         matrix[t.ADDRESS],
         matrix[t.BIAS],
         matrix[t.GROUPS],
@@ -208,7 +211,7 @@ def _settle(
     rows = step[t.NUM_ROWS]
     row = take(step[t.COUNTERS], phase)
     while row < rows:
-        _settle_row(step, dims, reals, row, adds, post_norm, norm, -1)
+        _settle_row(step, dims, reals, row, adds, post_norm, norm, row, rows)
         finish(step[t.COUNTERS], phase)
         row = take(step[t.COUNTERS], phase)
     join(step[t.COUNTERS], phase, rows)
@@ -347,7 +350,7 @@ def _output(
     item = take(counters, phase)
     while item < num_out:
         row = load_index(step[t.OUT_ROWS], item)
-        _settle_row(step, dims, reals, row, adds, post_norm, dims[t.FINAL_NORM], item)
+        _settle_row(step, dims, reals, row, adds, post_norm, dims[t.FINAL_NORM], item, num_out)
         finish(counters, phase)
         item = take(counters, phase)
     join(counters, phase, num_out)
@@ -365,7 +368,7 @@ def run_step(step: Any, dims: Any, reals: Any, matrices: Any, layers: Any, threa
         thread: 0 to ``NUM_THREADS`` - 1; every one of them must make the call.
     """
     scratch = step[t.SCRATCH] + thread * step[t.SCRATCH_BYTES]
-    phase = 0
+    phase = np.int64(0)
     if step[t.DO_EMBED]:
         rows = step[t.NUM_ROWS]
         table = matrices[dims[t.NUM_LAYERS] * t.MATRICES_A_LAYER + t.EMBEDDING]
@@ -378,7 +381,7 @@ def run_step(step: Any, dims: Any, reals: Any, matrices: Any, layers: Any, threa
         phase += 1
     for half in range(step[t.FIRST_HALF], step[t.LAST_HALF]):
         layer = half // 2
-        adds = half > 0  # before the first half there is nothing to add
+        adds = np.int64(half > 0)  # before the first half there is nothing to add
         if half % 2 == 0:
             _attention_half(step, dims, reals, matrices, layers, layer, adds, phase, scratch)
             phase += 5
@@ -386,7 +389,8 @@ def run_step(step: Any, dims: Any, reals: Any, matrices: Any, layers: Any, threa
             _mlp_half(step, dims, reals, matrices, layers, layer, adds, phase, scratch)
             phase += 3
     if step[t.DO_OUTPUT] and step[t.NUM_OUT] > 0:
-        _output(step, dims, reals, matrices, layers, True, phase, scratch)
+        adds = np.int64(1)
+        _output(step, dims, reals, matrices, layers, adds, phase, scratch)
     if thread:
         fetch_add(step[t.EXITS], 1)
     else:

@@ -75,7 +75,7 @@ class CpuEngine:
         weights = load_weights(
             checkpoint, shard, context_tokens=context_tokens, on_progress=on_progress
         )
-        return cls(
+        engine = cls(
             checkpoint.spec,
             weights,
             shard=shard,
@@ -83,6 +83,8 @@ class CpuEngine:
             num_slots=num_slots,
             threads=threads,
         )
+        engine.forward([Row(slot=0, ids=(0,), start=0)])  # compiles, if nobody has yet
+        return engine
 
     @property
     def memory_bytes(self) -> int:

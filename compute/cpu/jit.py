@@ -56,3 +56,9 @@ def entry(function: F) -> F:
     """Compile a function that Python calls, without the interpreter lock, and keep the code."""
     compiled: F = numba.njit(cache=True, **_OPTIONS)(function)
     return compiled
+
+
+def callback(function: Callable[..., None], *, num_arguments: int) -> Any:
+    """Compile a function of 64-bit integers to machine code with an ``address``, and keep it."""
+    signature = numba.void(*[numba.int64] * num_arguments)
+    return numba.cfunc(signature, cache=True, **_OPTIONS)(function)

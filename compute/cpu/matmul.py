@@ -8,11 +8,14 @@ next block. So a row's result is the same bits alone, in a batch, or within a pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
-from compute.cpu.jit import inner
+from compute.cpu.jit import callback, inner
 from compute.cpu.layout import (
     BF16,
     BLOCK_BYTES,
@@ -35,6 +38,7 @@ from compute.cpu.vector import (
     load_int8,
     load_low_nibbles,
     load_one,
+    operation,
     prefetch,
     splat,
     store,
@@ -46,28 +50,38 @@ UNPACKED_BYTES = 4096
 _AHEAD_BYTES = 4096  # a page: where the processor's own prefetcher stops
 
 
-@inner
-def _scaled(kind: Any, block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
-    """Add a block's two chains, scaled, to 16 outputs; ``half`` says which 16 of the tile.
+def _scaling(kind: int) -> Any:
+    """How a block's two chains join 16 outputs; ``half`` says which 16 of the tile.
 
     ``sums`` is the address of the two sums of the row's inputs, 16 each.
     """
-    if kind == Q4H:
+
+    @inner
+    def four_bit(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         s = splat(load_one(sums) + load_one(sums + 4))
-        at = block + Q4_BYTES + half * 32
-        return fma(load_half(at + 64), s, fma(load_half(at), add(a, b), y))
-    if kind == Q8H:
-        return fma(load_half(block + Q8_BYTES + half * 32), add(a, b), y)
-    if kind == Q4S:
-        s = splat(load_one(sums) + load_one(sums + 4))
+        if kind == Q4H:
+            at = block + Q4_BYTES + half * 32
+            return fma(load_half(at + 64), s, fma(load_half(at), add(a, b), y))
         at = block + Q4_BYTES + half * 64
         return fma(load(at + 128), s, fma(load(at), add(a, b), y))
-    if kind == Q8S:
+
+    @inner
+    def eight_bit(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
+        return fma(load_half(block + Q8_BYTES + half * 32), add(a, b), y)
+
+    @inner
+    def eight_bit_by_16(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         at = block + Q8_BYTES + half * 64
         y = fma(load(at + 128), b, fma(load(at), a, y))
         y = fma(load(at + 256), splat(load_one(sums)), y)
         return fma(load(at + 384), splat(load_one(sums + 4)), y)
-    return add(add(a, b), y)
+
+    @inner
+    def unscaled(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
+        return add(add(a, b), y)
+
+    special = {Q4H: four_bit, Q4S: four_bit, Q8H: eight_bit, Q8S: eight_bit_by_16}
+    return special.get(kind, unscaled)
 
 
 def _numbers(element_bytes: int, read: Callable[[Any], Any]) -> Any:
@@ -87,7 +101,7 @@ def _nibbles(block: Any, j: Any, half: Any) -> Any:
     return load_high_nibbles(block + (j - 16) * 32 + half * 16)
 
 
-def _row_product(kind: int, numbers: Any) -> Any:
+def _row_product(kind: int, numbers: Any, scaled: Any) -> Any:
     """The kernel for one row: every weight goes from memory to its product, once."""
     step_bytes = BLOCK_BYTES[kind] // 16
     block_bytes = BLOCK_BYTES[kind]
@@ -111,8 +125,8 @@ def _row_product(kind: int, numbers: Any) -> Any:
                 a1 = fma(numbers(block, j, 1), low, a1)
                 b0 = fma(numbers(block, j + 16, 0), high, b0)
                 b1 = fma(numbers(block, j + 16, 1), high, b1)
-            y0 = _scaled(kind, block, 0, a0, b0, y0, sums + g * 8)
-            y1 = _scaled(kind, block, 1, a1, b1, y1, sums + g * 8)
+            y0 = scaled(block, 0, a0, b0, y0, sums + g * 8)
+            y1 = scaled(block, 1, a1, b1, y1, sums + g * 8)
         store(y, y0)
         store(y + 64, y1)
 
@@ -131,27 +145,6 @@ def _unpack(numbers: Any) -> Any:
     return unpack
 
 
-_half = _numbers(2, load_half)
-_bfloat = _numbers(2, load_bfloat)
-_float = _numbers(4, load)
-_int8 = _numbers(1, load_int8)
-_row_f32, _row_f16, _row_bf16 = (
-    _row_product(F32, _float),
-    _row_product(F16, _half),
-    _row_product(BF16, _bfloat),
-)
-_row_q4h, _row_q8h = _row_product(Q4H, _nibbles), _row_product(Q8H, _int8)
-_row_q4s, _row_q8s = _row_product(Q4S, _nibbles), _row_product(Q8S, _int8)
-_unpack_f16, _unpack_bf16 = _unpack(_half), _unpack(_bfloat)
-_unpack_q4, _unpack_q8 = _unpack(_nibbles), _unpack(_int8)
-
-
-@inner
-def block_bytes_of(kind: Any) -> Any:
-    """Bytes of one block."""
-    return BLOCK_BYTES[kind]
-
-
 @inner
 def _bias(bias: Any, tile: Any, half: Any) -> Any:
     if bias == 0:
@@ -159,151 +152,204 @@ def _bias(bias: Any, tile: Any, half: Any) -> Any:
     return load(bias + tile * 128 + half * 64)
 
 
-@inner
-def _one_row(
-    kind: Any, matrix: Any, bias: Any, groups: Any, tile: Any, x: Any, sums: Any, y: Any
-) -> None:
-    at = matrix + tile * groups * block_bytes_of(kind)
-    y0 = _bias(bias, tile, 0)
-    y1 = _bias(bias, tile, 1)
-    if kind == Q4H:
-        _row_q4h(at, groups, x, sums, y, y0, y1)
-    elif kind == Q8H:
-        _row_q8h(at, groups, x, sums, y, y0, y1)
-    elif kind == Q4S:
-        _row_q4s(at, groups, x, sums, y, y0, y1)
-    elif kind == Q8S:
-        _row_q8s(at, groups, x, sums, y, y0, y1)
-    elif kind == BF16:
-        _row_bf16(at, groups, x, sums, y, y0, y1)
-    elif kind == F16:
-        _row_f16(at, groups, x, sums, y, y0, y1)
-    else:
-        _row_f32(at, groups, x, sums, y, y0, y1)
+def _six_rows(scaled: Any) -> Any:
+    """Adds one block's share to 6 rows of a tile: 6 x 16 accumulators fit any register file."""
+
+    @inner
+    def six_rows(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
+        for half in range(2):
+            wh = w + half * 64
+            a0 = splat(ZERO)
+            a1 = splat(ZERO)
+            a2 = splat(ZERO)
+            a3 = splat(ZERO)
+            a4 = splat(ZERO)
+            a5 = splat(ZERO)
+            for j in range(16):
+                v = load(wh + j * 128)
+                xj = x + j * 4
+                a0 = fma(v, splat(load_one(xj)), a0)
+                a1 = fma(v, splat(load_one(xj + 128)), a1)
+                a2 = fma(v, splat(load_one(xj + 256)), a2)
+                a3 = fma(v, splat(load_one(xj + 384)), a3)
+                a4 = fma(v, splat(load_one(xj + 512)), a4)
+                a5 = fma(v, splat(load_one(xj + 640)), a5)
+            b0 = splat(ZERO)
+            b1 = splat(ZERO)
+            b2 = splat(ZERO)
+            b3 = splat(ZERO)
+            b4 = splat(ZERO)
+            b5 = splat(ZERO)
+            for j in range(16, 32):
+                v = load(wh + j * 128)
+                xj = x + j * 4
+                b0 = fma(v, splat(load_one(xj)), b0)
+                b1 = fma(v, splat(load_one(xj + 128)), b1)
+                b2 = fma(v, splat(load_one(xj + 256)), b2)
+                b3 = fma(v, splat(load_one(xj + 384)), b3)
+                b4 = fma(v, splat(load_one(xj + 512)), b4)
+                b5 = fma(v, splat(load_one(xj + 640)), b5)
+            yh = y + half * 64
+            store(yh, scaled(block, half, a0, b0, load(yh), sums))
+            store(yh + 128, scaled(block, half, a1, b1, load(yh + 128), sums + 8))
+            store(yh + 256, scaled(block, half, a2, b2, load(yh + 256), sums + 16))
+            store(yh + 384, scaled(block, half, a3, b3, load(yh + 384), sums + 24))
+            store(yh + 512, scaled(block, half, a4, b4, load(yh + 512), sums + 32))
+            store(yh + 640, scaled(block, half, a5, b5, load(yh + 640), sums + 40))
+
+    return six_rows
 
 
-@inner
-def _unpacked(kind: Any, block: Any, scratch: Any) -> Any:
-    """Address of a block's numbers as 32 x 32 float32: in ``scratch``, or where they are."""
-    if kind in (Q4H, Q4S):
-        _unpack_q4(block, scratch)
-    elif kind in (Q8H, Q8S):
-        _unpack_q8(block, scratch)
-    elif kind == BF16:
-        _unpack_bf16(block, scratch)
-    elif kind == F16:
-        _unpack_f16(block, scratch)
-    else:
-        return block
-    return scratch
+def _single_row(scaled: Any) -> Any:
+    """Adds one block's share to a row that is left over from the sixes."""
 
-
-@inner
-def _six_rows(kind: Any, block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
-    """Add one block's share to 6 rows of a tile; 6 x 16 accumulators fit any register file."""
-    for half in range(2):
-        wh = w + half * 64
+    @inner
+    def single_row(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
         a0 = splat(ZERO)
         a1 = splat(ZERO)
-        a2 = splat(ZERO)
-        a3 = splat(ZERO)
-        a4 = splat(ZERO)
-        a5 = splat(ZERO)
-        for j in range(16):
-            v = load(wh + j * 128)
-            xj = x + j * 4
-            a0 = fma(v, splat(load_one(xj)), a0)
-            a1 = fma(v, splat(load_one(xj + 128)), a1)
-            a2 = fma(v, splat(load_one(xj + 256)), a2)
-            a3 = fma(v, splat(load_one(xj + 384)), a3)
-            a4 = fma(v, splat(load_one(xj + 512)), a4)
-            a5 = fma(v, splat(load_one(xj + 640)), a5)
         b0 = splat(ZERO)
         b1 = splat(ZERO)
-        b2 = splat(ZERO)
-        b3 = splat(ZERO)
-        b4 = splat(ZERO)
-        b5 = splat(ZERO)
-        for j in range(16, 32):
-            v = load(wh + j * 128)
-            xj = x + j * 4
-            b0 = fma(v, splat(load_one(xj)), b0)
-            b1 = fma(v, splat(load_one(xj + 128)), b1)
-            b2 = fma(v, splat(load_one(xj + 256)), b2)
-            b3 = fma(v, splat(load_one(xj + 384)), b3)
-            b4 = fma(v, splat(load_one(xj + 512)), b4)
-            b5 = fma(v, splat(load_one(xj + 640)), b5)
-        yh = y + half * 64
-        store(yh, _scaled(kind, block, half, a0, b0, load(yh), sums))
-        store(yh + 128, _scaled(kind, block, half, a1, b1, load(yh + 128), sums + 8))
-        store(yh + 256, _scaled(kind, block, half, a2, b2, load(yh + 256), sums + 16))
-        store(yh + 384, _scaled(kind, block, half, a3, b3, load(yh + 384), sums + 24))
-        store(yh + 512, _scaled(kind, block, half, a4, b4, load(yh + 512), sums + 32))
-        store(yh + 640, _scaled(kind, block, half, a5, b5, load(yh + 640), sums + 40))
+        for j in range(16):
+            low = splat(load_one(x + j * 4))
+            high = splat(load_one(x + j * 4 + 64))
+            a0 = fma(load(w + j * 128), low, a0)
+            a1 = fma(load(w + j * 128 + 64), low, a1)
+            b0 = fma(load(w + j * 128 + 2048), high, b0)
+            b1 = fma(load(w + j * 128 + 2112), high, b1)
+        store(y, scaled(block, 0, a0, b0, load(y), sums))
+        store(y + 64, scaled(block, 1, a1, b1, load(y + 64), sums))
+
+    return single_row
 
 
-@inner
-def _single_row(kind: Any, block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
-    """Add one block's share to a row that is left over from the sixes."""
-    a0 = splat(ZERO)
-    a1 = splat(ZERO)
-    b0 = splat(ZERO)
-    b1 = splat(ZERO)
-    for j in range(16):
-        low = splat(load_one(x + j * 4))
-        high = splat(load_one(x + j * 4 + 64))
-        a0 = fma(load(w + j * 128), low, a0)
-        a1 = fma(load(w + j * 128 + 64), low, a1)
-        b0 = fma(load(w + j * 128 + 2048), high, b0)
-        b1 = fma(load(w + j * 128 + 2112), high, b1)
-    store(y, _scaled(kind, block, 0, a0, b0, load(y), sums))
-    store(y + 64, _scaled(kind, block, 1, a1, b1, load(y + 64), sums))
+def _tile_product(kind: int, numbers: Any) -> Any:
+    """The kernel of one kind: the 32 outputs of a tile, for any number of rows."""
+    scaled = _scaling(kind)
+    one_row = _row_product(kind, numbers, scaled)
+    unpack, six_rows, single_row = _unpack(numbers), _six_rows(scaled), _single_row(scaled)
+    block_bytes, is_float = BLOCK_BYTES[kind], kind == F32
+
+    @inner
+    def product(
+        matrix: Any,
+        bias: Any,
+        groups: Any,
+        tile: Any,
+        x: Any,
+        sums: Any,
+        y: Any,
+        rows: Any,
+        scratch: Any,
+    ) -> None:
+        first = matrix + tile * groups * block_bytes
+        if rows == 1:
+            one_row(first, groups, x, sums, y, _bias(bias, tile, 0), _bias(bias, tile, 1))
+            return
+        for row in range(rows):
+            store(y + row * 128, _bias(bias, tile, 0))
+            store(y + row * 128 + 64, _bias(bias, tile, 1))
+        for start in range(0, rows, ROW_BLOCK):
+            stop = min(start + ROW_BLOCK, rows)
+            for g in range(groups):
+                block = first + g * block_bytes
+                for line in range(0, block_bytes, 64):
+                    prefetch(block + block_bytes + line)
+                w = scratch
+                if is_float:
+                    w = block
+                else:
+                    unpack(block, scratch)
+                row = start
+                while row + 6 <= stop:
+                    at = g * rows + row
+                    six_rows(block, w, x + at * 128, sums + at * 8, y + row * 128)
+                    row += 6
+                while row < stop:
+                    at = g * rows + row
+                    single_row(block, w, x + at * 128, sums + at * 8, y + row * 128)
+                    row += 1
+
+    return product
 
 
-@inner
-def multiply_tile(
-    kind: Any,
-    matrix: Any,
-    bias: Any,
-    groups: Any,
-    tile: Any,
-    x: Any,
-    sums: Any,
-    y: Any,
-    rows: Any,
-    scratch: Any,
-) -> None:
+_f32 = _tile_product(F32, _numbers(4, load))
+_f16 = _tile_product(F16, _numbers(2, load_half))
+_bf16 = _tile_product(BF16, _numbers(2, load_bfloat))
+_q4h = _tile_product(Q4H, _nibbles)
+_q8h = _tile_product(Q8H, _numbers(1, load_int8))
+_q4s = _tile_product(Q4S, _nibbles)
+_q8s = _tile_product(Q8S, _numbers(1, load_int8))
+
+
+# One function a kind, because the compiler's cache goes by name.
+def _tile_f32(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _f32(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_f16(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _f16(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_bf16(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _bf16(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_q4h(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _q4h(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_q8h(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _q8h(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_q4s(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _q4s(m, b, g, n, x, s, y, r, w)
+
+
+def _tile_q8s(m: int, b: int, g: int, n: int, x: int, s: int, y: int, r: int, w: int) -> None:
+    _q8s(m, b, g, n, x, s, y, r, w)
+
+
+_TILES = {
+    F32: _tile_f32,
+    F16: _tile_f16,
+    BF16: _tile_bf16,
+    Q4H: _tile_q4h,
+    Q8H: _tile_q8h,
+    Q4S: _tile_q4s,
+    Q8S: _tile_q8s,
+}
+
+
+@cache
+def _compiled(kind: int) -> Any:
+    return callback(_TILES[kind], num_arguments=9)
+
+
+def tile_function(kind: int) -> int:
+    """Address of the kernel of a kind, for :func:`multiply_tile`; compiled when first asked for.
+
+    Kernels are separate machine code behind pointers: a model compiles only the kinds it has.
+    """
+    return int(_compiled(kind).address)
+
+
+@operation(types.void, *[types.int64] * 10)
+def multiply_tile(builder: Any, function: Any, *arguments: Any) -> Any:
     """The 32 outputs of one tile for all rows.
 
     Args:
-        kind, matrix, groups: the packed matrix: ``layout`` kind, address, groups a tile.
+        function: see :func:`tile_function`.
+        matrix: address of the packed matrix.
         bias: address of float32 (padded outputs,), or 0.
+        groups: groups of 32 inputs.
+        tile: which tile.
         x: address of float32 (groups, rows, 32); padding inputs are 0.
         sums: address of float32 (groups, rows, 2): sums of each 16 inputs.
         y: address of float32 (rows, 32), written.
+        rows: how many.
         scratch: address of ``UNPACKED_BYTES`` of this thread.
     """
-    if rows == 1:
-        _one_row(kind, matrix, bias, groups, tile, x, sums, y)
-        return
-    block_bytes = block_bytes_of(kind)
-    first = matrix + tile * groups * block_bytes
-    for row in range(rows):
-        store(y + row * 128, _bias(bias, tile, 0))
-        store(y + row * 128 + 64, _bias(bias, tile, 1))
-    for start in range(0, rows, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, rows)
-        for g in range(groups):
-            block = first + g * block_bytes
-            for line in range(0, block_bytes, 64):
-                prefetch(block + block_bytes + line)
-            w = _unpacked(kind, block, scratch)
-            row = start
-            while row + 6 <= stop:
-                at = g * rows + row
-                _six_rows(kind, block, w, x + at * 128, sums + at * 8, y + row * 128)
-                row += 6
-            while row < stop:
-                at = g * rows + row
-                _single_row(kind, block, w, x + at * 128, sums + at * 8, y + row * 128)
-                row += 1
+    word = ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [word] * len(arguments))
+    builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)

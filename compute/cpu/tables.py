@@ -22,7 +22,7 @@ EPS, EMBEDDING_SCALE, ATTENTION_SCALE, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, NUM_REA
 # matrices: int64 (7 a layer, then embedding and output layer; columns below); addresses in bytes
 Q, K, V, O, GATE, UP, DOWN, MATRICES_A_LAYER = range(8)  # noqa: E741  # the projection's name
 EMBEDDING, OUTPUT = 0, 1  # behind the layers
-ADDRESS, KIND, TILES, GROUPS, BIAS, NUM_COLUMNS = range(6)
+ADDRESS, KIND, TILES, GROUPS, BIAS, FUNCTION, NUM_COLUMNS = range(7)
 
 # layers: int64 (one row a layer); addresses of float32 vectors, 0 where the model has none
 (

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compute.cpu import tables as t
+from compute.cpu.matmul import tile_function
 from compute.cpu.pack import ALL, Packed, pack, vector
 from compute.shard import Shard
 from models.checkpoint import Checkpoint
@@ -168,7 +169,8 @@ class _Loader:
             stored = self._checkpoint.tensor(f"{name}.bias")
             bias = self._keep(vector(stored.dequantize(rows)))
             self._step(stored.size_bytes)
-        return (packed.address, packed.kind, packed.tiles, packed.groups, bias)
+        function = tile_function(packed.kind)
+        return (packed.address, packed.kind, packed.tiles, packed.groups, bias, function)
 
     def _norm(self, name: str) -> int:
         weight = self._checkpoint.tensor(name)
