@@ -54,20 +54,21 @@ class Budget:
         pending, count = [value], 0
         while pending:
             item = pending.pop()
+            self.spend_step()
             count += len(item) if isinstance(item, str) else 1
             if isinstance(item, Mapping):
                 pending += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple | set | frozenset):
                 pending += item
-            if count + len(pending) > self.max_chars:
+            if len(pending) > self.max_steps or count > self.max_chars:
                 break
         self.check_size(count + len(pending))
 
     def spend_step(self) -> None:
-        """Charge one step of a loop. Raises jinja2.TemplateError beyond the limit."""
+        """Charge one step of work. Raises jinja2.TemplateError beyond the limit."""
         self.steps += 1
         if self.steps > self.max_steps:
-            raise jinja2.TemplateError(f"more than {self.max_steps} loop steps")
+            raise jinja2.TemplateError(f"more than {self.max_steps} steps of work")
 
 
 current_budget: ContextVar[Budget] = ContextVar("current_budget")

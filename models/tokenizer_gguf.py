@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -165,8 +166,9 @@ def _sentencepiece(
             expected=f"{len(tokens)} of them",
             found=None if scores is None else len(scores),
         )
+    # user-defined tokens come first, in their order: llama.cpp matches them in the text
     mergeable = {
-        token: float(scores[n])
+        token: math.inf if types[n] == USER_DEFINED else float(scores[n])
         for token, n in vocab.items()
         if types[n] not in (UNKNOWN, CONTROL, BYTE)
     }

@@ -150,6 +150,7 @@ def spm_reference(text: str) -> list[str]:
         best = None
         for n in range(len(parts) - 1):
             score, kind = PIECES.get(parts[n] + parts[n + 1], (0.0, 0))
+            score = 1.0 if parts[n] + parts[n + 1] == "▁▁" else score  # user-defined: before all
             if kind in (1, 4) and (best is None or score > best[0]):
                 best = (score, n)
         if best is None:
