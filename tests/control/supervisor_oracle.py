@@ -50,7 +50,7 @@ Collect = fun Loop(S) ->
             true -> Loop(S#{waits := Ws#{P => {Who, Ref}}});
             false -> Who ! {Ref, ok}, Loop(S)
           end;
-        calls -> Who ! {Ref, {Cs, length(Rs)}}, Loop(S);
+        calls -> Who ! {Ref, {Cs, length(Rs), length(Es)}}, Loop(S);
         alive -> Who ! {Ref, As}, Loop(S);
         known -> Who ! {Ref, Ks}, Loop(S);
         finish -> Who ! {Ref, {lists:reverse(Es), lists:sort(Rs), Ls}}
@@ -85,6 +85,9 @@ Start = fun Start(Plan) ->
   Act = fun Act(Outcome) ->
     case Outcome of
       {call, Request, Then} -> Ask({issue, self(), Resolve(Request)}), Act(Then);
+      {crash, N, R, Then} ->
+        case Pick(N, Ask(alive)) of none -> ok; P -> P ! {crash, R}, Ask({await, P}) end,
+        Act(Then);
       ignore -> ignore;
       {error, R} -> {error, R};
       {exit, R} -> exit(R);
@@ -122,7 +125,7 @@ Settle = fun Settle(Sup) ->
   case catch supervisor:which_children(Sup) of
     {'EXIT', _} -> receive {'EXIT', Sup, Why} -> Log({ended, Why}), dead end;
     Children ->
-      {Made, Answered} = After = Ask(calls),
+      {Made, Answered, _} = After = Ask(calls),
       Quiet = Before =:= After andalso Made =:= Answered,
       case Quiet andalso not lists:keymember(restarting, 2, Children) of
         true -> Log({settled, Children}), alive;
@@ -138,11 +141,11 @@ Perform = fun(Op, Sup) ->
       case Pick(N, Ask(alive)) of none -> ok; P -> exit(P, kill), Ask({await, P}) end;
     {stop, R} -> exit(Sup, R);
     {call, Request} ->
-      Log({reply, try gen_server:call(Sup, Resolve(Request), infinity)
-                  catch exit:{Why, _} -> {exit, Why} end})
+      try {reply, gen_server:call(Sup, Resolve(Request), infinity)}
+      catch exit:{Why, _} -> {exit, Why} end
   end
 end,
-Drain = fun Drain() -> case Ask(calls) of {N, N} -> ok; _ -> erlang:yield(), Drain() end end,
+Drain = fun Drain() -> case Ask(calls) of {N, N, _} -> ok; _ -> erlang:yield(), Drain() end end,
 Body = fun({Flags, Plans, Ops}) ->
   process_flag(trap_exit, true),
   register(collector, spawn_link(fun() ->
@@ -160,7 +163,13 @@ Body = fun({Flags, Plans, Ops}) ->
       Go = fun
         Go(_, dead) -> ok;
         Go([], alive) -> ok;
-        Go([Op | More], alive) -> Log(op), Perform(Op, Sup), Go(More, Settle(Sup))
+        Go([Op | More], alive) ->
+          Log(op),
+          Answer = Perform(Op, Sup),
+          State = Settle(Sup),
+          % Not before: the supervisor goes on while its reply is under way.
+          case Op of {call, _} -> Log(Answer); _ -> ok end,
+          Go(More, State)
       end,
       Go(Ops ++ [{stop, shutdown}], Settle(Sup))
   end,

@@ -101,11 +101,17 @@ class _Run(logging.Handler):
         self.attempts[key] += 1
         self.log((A("start"), key, nth))
         outcome = starts[nth] if nth < len(starts) else A("ok")
-        match outcome:
-            case (Atom("call"), request, then):
-                self.calls.append(asyncio.create_task(self.call(me.pid, self.resolve(request))))
-                await asyncio.sleep(0)  # its first step puts the request into our mailbox
-                outcome = then
+        while outcome[0] in ("call", "crash"):
+            match outcome:
+                case (Atom("call"), request, then):
+                    resolved = self.resolve(request)
+                    self.calls.append(asyncio.create_task(self.call(me.pid, resolved)))
+                    await asyncio.sleep(0)  # its first step puts the request into our mailbox
+                    outcome = then
+                case (Atom("crash"), number, reason, then):
+                    with self.node.open_process(label="crasher") as crasher:
+                        await self.end(crasher, number, (A("crash"), reason))
+                    outcome = then
         match outcome:
             case Atom("ignore"):
                 return IGNORE
@@ -189,32 +195,38 @@ class _Run(logging.Handler):
             if not alive:
                 return
             self.log(A("op"))
-            await self.perform(me, sup, op)
+            answer = await self.perform(me, sup, op)
             alive = await self.settle(me, sup)
+            if answer is not None:  # not before: the supervisor goes on meanwhile
+                self.log(answer)
 
-    async def perform(self, me: Process, sup: Pid, op: Term) -> None:
+    async def perform(self, me: Process, sup: Pid, op: Term) -> Term | None:
         match op:
             case (Atom("stop"), reason):
                 me.exit(sup, reason)
             case (Atom("call"), request):
                 asked = gen_server.call(me, sup, self.resolve(request), timeout_s=TIMEOUT_S)
-                kind, value = await _outcome(asked)
-                self.log((A("reply"), value if kind == "reply" else (kind, value)))
-            case (kind, number, *reason):
-                pid = self.pick(number, self.alive())
-                if not isinstance(pid, Pid):
-                    return
-                watch = me.monitor(pid)
-                if kind == "kill":
-                    me.exit(pid, A("kill"))
-                else:
-                    me.send(pid, (A("crash"), *reason))
-                await me.receive(lambda m: True if m[0] == "DOWN" and m[1] == watch else None)
+                return await _outcome(asked)
+            case (_, number, *_):
+                await self.end(me, number, op)
+        return None
+
+    async def end(self, me: Process, number: int, how: Term) -> None:
+        """``{kill, _}`` or ``{crash, ..., R}`` a living child; returns once all know of it."""
+        pid = self.pick(number, self.alive())
+        if not isinstance(pid, Pid):
+            return
+        watch = me.monitor(pid)
+        if how[0] == "kill":
+            me.exit(pid, A("kill"))
+        else:
+            me.send(pid, (A("crash"), how[-1]))
+        await me.receive(lambda m: True if m[0] == "DOWN" and m[1] == watch else None)
 
     async def settle(self, me: Process, sup: Pid) -> bool:
         """Until no restart and no call is under way; whether the supervisor lives."""
         while True:
-            before = self.calls_made()
+            before = self.activity()
             try:
                 children = await supervisor.which_children(me, sup, timeout_s=TIMEOUT_S)
             except CallError:
@@ -224,15 +236,17 @@ class _Run(logging.Handler):
                 )
                 self.log((A("ended"), *why))
                 return False
-            made, answered = after = self.calls_made()
+            made, answered, _ = after = self.activity()
             quiet = before == after and made == answered
             if quiet and all(child[1] != "restarting" for child in children):
                 self.log((A("settled"), children))
                 return True
             await asyncio.sleep(0)
 
-    def calls_made(self) -> tuple[int, int]:
-        return len(self.calls), sum(call.done() for call in self.calls)
+    def activity(self) -> tuple[int, int, int]:
+        """Calls made during starts, those answered, and how long the log is."""
+        answered = sum(call.done() for call in self.calls)
+        return len(self.calls), answered, self.collector.mailbox_length
 
     def norm(self, term: Term) -> Term:
         match term:

@@ -7,8 +7,9 @@ A script is plain terms, so that the same one goes to OTP and to ours:
         key        unique in the script; names the child in the log
         spec       a child spec's map without ``start``
         starts     what its start function does the first, second, ... time; then ``ok``:
-                   ok | info | ignore | {error, R} | {exit, R} | {call, Request, Start}
-                   The last one first puts a call into the supervisor's mailbox.
+                   ok | info | ignore | {error, R} | {exit, R} | {call, Request, Start} |
+                   {crash, N, R, Start}. The last two first put a call into the supervisor's
+                   mailbox, or end a living child, so that its exit signal waits there.
         behaviour  plain: does not trap exits | {polite, R}: ends with R when told to (``same``:
                    with the reason it was told) | stubborn: only a kill ends it
     op: {crash, N, R} | {kill, N} | {call, Request} | {stop, R}; N picks a living child
@@ -16,6 +17,7 @@ A script is plain terms, so that the same one goes to OTP and to ours:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,51 +40,17 @@ ids = st.sampled_from(IDS)
 indexes = st.integers(0, 5)
 
 
-def _starts(draw: st.DrawFn, requests: st.SearchStrategy[Term], *, first_ok: bool) -> list[Term]:
-    plain = st.one_of(
-        st.just(A("ok")),
-        st.just(A("ok")),
-        st.sampled_from(
-            [
-                A("info"),
-                A("ignore"),
-                (A("error"), A("busy")),
-                (A("error"), (A("already_started"), A("other"))),
-                (A("exit"), A("bad")),
-            ]
-        ),
-    )
-    one = st.one_of(plain, plain, st.tuples(st.just(A("call")), requests, plain))
-    starts = draw(st.lists(one, max_size=5))
-    return [A("ok"), *starts] if first_ok else starts
+PLAIN: list[Term] = [
+    *(A("ok") for _ in range(5)),
+    A("info"),
+    A("ignore"),
+    (A("error"), A("busy")),
+    (A("error"), (A("already_started"), A("other"))),
+    (A("exit"), A("bad")),
+]
 
 
-@st.composite
-def plans(
-    draw: st.DrawFn, requests: st.SearchStrategy[Term], *, simple: bool, auto_shutdown: str
-) -> Term:
-    restart = draw(st.sampled_from(["permanent", "permanent", "transient", "temporary"]))
-    behaviour = draw(st.sampled_from(BEHAVIOURS))
-    spec: dict[Term, Term] = {A("id"): draw(ids), A("restart"): A(restart)}
-    if behaviour == "stubborn":
-        spec[A("shutdown")] = draw(st.sampled_from([A("brutal_kill"), 2]))
-    elif draw(st.booleans()):
-        spec[A("shutdown")] = draw(st.sampled_from([A("brutal_kill"), 5000, A("infinity")]))
-    if draw(st.booleans()):
-        spec[A("type")] = draw(st.sampled_from([A("worker"), A("supervisor")]))
-    if draw(st.booleans()):
-        spec[A("modules")] = draw(st.sampled_from([A("dynamic"), [A("m")], []]))
-    if auto_shutdown != "never" and restart != "permanent":
-        spec[A("significant")] = draw(st.booleans())
-    first_ok = simple or draw(st.integers(0, 9)) > 0
-    return {
-        A("key"): draw(st.integers(0, 1 << 30)),
-        A("spec"): spec,
-        A("starts"): _starts(draw, requests, first_ok=first_ok),
-        A("behaviour"): behaviour,
-    }
-
-
+@functools.cache  # building strategies costs more than drawing from them
 def _queries(simple: bool) -> st.SearchStrategy[Term]:
     """Calls that no child plan is part of."""
     names = ["terminate_child", "restart_child", "delete_child", "get_childspec", "which_child"]
@@ -93,6 +61,75 @@ def _queries(simple: bool) -> st.SearchStrategy[Term]:
         st.sampled_from([A(f"{name}_known") for name in ("terminate", "get", "which")]), indexes
     )
     return st.one_of(by_pid, by_pid, by_id, st.just(A("which_children")))
+
+
+@functools.cache
+def _starts(simple: bool) -> st.SearchStrategy[list[Term]]:
+    plain = st.sampled_from(PLAIN)
+    crash = st.tuples(st.just(A("crash")), indexes, st.sampled_from(CRASHES), plain)
+    call = st.tuples(st.just(A("call")), _queries(simple), st.one_of(plain, crash))
+    return st.lists(st.one_of(plain, plain, call, crash), max_size=5)
+
+
+@functools.cache
+def _plans(simple: bool, auto_shutdown: str) -> st.SearchStrategy[dict[Term, Any]]:
+    often = "permanent" if auto_shutdown == "never" else "transient"
+    restarts = st.sampled_from([A(r) for r in (often, "permanent", "transient", "temporary")])
+    unset = st.just(None)
+    drawn = st.tuples(
+        st.integers(0, 1 << 30),
+        ids,
+        restarts,
+        st.sampled_from(BEHAVIOURS),
+        unset | st.sampled_from([A("brutal_kill"), 5000, A("infinity")]),
+        unset | st.sampled_from([A("worker"), A("supervisor")]),
+        unset | st.sampled_from([A("dynamic"), [A("m")], []]),
+        st.sampled_from([True, True, False]),
+        st.integers(0, 9),
+        _starts(simple),
+    )
+
+    def plan(values: tuple[Any, ...]) -> dict[Term, Any]:
+        key, ident, restart, behaviour, shutdown, kind, modules, significant, luck, starts = values
+        if behaviour == "stubborn" and shutdown != "brutal_kill":
+            shutdown = 2  # only a kill ends it
+        if auto_shutdown == "never" or restart == "permanent":
+            significant = None
+        optional = {
+            "shutdown": shutdown,
+            "type": kind,
+            "modules": modules,
+            "significant": significant,
+        }
+        spec = {A("id"): ident, A("restart"): restart}
+        spec |= {A(name): value for name, value in optional.items() if value is not None}
+        return {
+            A("key"): key,
+            A("spec"): spec,
+            A("starts"): [A("ok"), *starts] if simple or luck else starts,
+            A("behaviour"): behaviour,
+        }
+
+    return drawn.map(plan)
+
+
+@functools.cache
+def _ops(simple: bool, auto_shutdown: str) -> tuple[st.SearchStrategy[Any], ...]:
+    """Children to begin with, all ops, the op that adds a child, the stop at the end."""
+    plans = _plans(simple, auto_shutdown)
+    starts = st.tuples(st.just(A("start_simple" if simple else "start_child")), plans)
+    call = st.tuples(st.just(A("call")), st.one_of(_queries(simple), starts))
+    crash = st.tuples(st.just(A("crash")), indexes, st.sampled_from(CRASHES))
+    kill = st.tuples(st.just(A("kill")), indexes)
+    stop = st.tuples(st.just(A("stop")), st.sampled_from(REASONS))
+    grow = st.tuples(st.just(A("call")), starts)
+    op = st.one_of(crash, crash, kill, call, call, grow if simple else crash)
+    return (
+        st.lists(plans, min_size=int(simple), max_size=1 if simple else 4),
+        st.lists(op, max_size=10),
+        st.lists(grow, max_size=3 if simple else 0),
+        st.lists(stop, max_size=1),
+    )
 
 
 @st.composite
@@ -106,31 +143,18 @@ def scripts(draw: st.DrawFn, *, simple: bool = False) -> Term:
         A("period"): 3600,  # no script lasts so long: its clock plays no part
         A("auto_shutdown"): A(auto_shutdown),
     }
-    queries = _queries(simple)
-    made = plans(queries, simple=simple, auto_shutdown=auto_shutdown)
-    if simple:
-        given = [draw(made)]
-        behaviour = given[0][A("behaviour")]
-
-        def like_template(plan: dict[Term, Any]) -> Term:
-            return {**plan, A("spec"): given[0][A("spec")], A("behaviour"): behaviour}
-
-        starts = st.tuples(st.just(A("start_simple")), made.map(like_template))
-    else:
-        unique = None if draw(st.integers(0, 19)) == 0 else _id_key  # sometimes a duplicate
-        given = draw(st.lists(made, max_size=4, unique_by=unique))
-        starts = st.tuples(st.just(A("start_child")), made)
-    call = st.tuples(st.just(A("call")), st.one_of(queries, starts))
-    crash = st.tuples(st.just(A("crash")), indexes, st.sampled_from(CRASHES))
-    kill = st.tuples(st.just(A("kill")), indexes)
-    stop = st.tuples(st.just(A("stop")), st.sampled_from(REASONS))
-    grow = st.tuples(st.just(A("call")), starts)
-    op = st.one_of(crash, crash, kill, call, call, grow if simple else crash)
-    ops = draw(st.lists(op, max_size=10)) + draw(st.lists(stop, max_size=1))
-    if simple:
-        ops = [*draw(st.lists(grow, max_size=3)), *ops]
-    return flags, given, ops
+    plans, ops, grow, stop = (draw(part) for part in _ops(simple, auto_shutdown))
+    if not simple and draw(st.integers(0, 19)):  # else a duplicate id may refuse them all
+        plans = list({repr(plan[A("spec")][A("id")]): plan for plan in plans}.values())
+    ops = [*grow, *ops, *stop]
+    if simple:  # every child is an instance of the one template
+        same = {name: plans[0][name] for name in (A("spec"), A("behaviour"))}
+        ops = [_instance(op, same) for op in ops]
+    return flags, plans, ops
 
 
-def _id_key(plan: dict[Term, Any]) -> str:
-    return repr(plan[A("spec")][A("id")])
+def _instance(op: Term, same: dict[Term, Any]) -> Term:
+    match op:
+        case (Atom("call"), (Atom("start_simple"), plan)):
+            return A("call"), (A("start_simple"), {**plan, **same})
+    return op
