@@ -15,8 +15,9 @@ from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
-from control import remote_generate
+from control import backend, remote_generate
 from control.cluster_api import ClusterApi
+from control.desired import LoadOptions
 from control.errors import ControlError
 from control.remote_generate import Options, usage_term
 
@@ -80,8 +81,8 @@ class Cluster(GenServer):
                 return self._spawn(from_, lambda: self._unload(instance))
             case ("swap", old, new):
                 return self._spawn(from_, lambda: self._swap(old, new))
-            case ("place", model, dict()):
-                return self._spawn(from_, lambda: self._place(model))
+            case ("place", model, dict(options)):
+                return self._spawn(from_, lambda: self._place(model, options))
             case ("pull", model):
                 return self._forward(from_, "model_store", (Atom("pull"), text_of(model)))
             case ("pull_progress", model):
@@ -131,10 +132,9 @@ class Cluster(GenServer):
     async def _swap(self, old: Term, new: Term) -> Term:
         return (_OK, await self._api.swap(text_of(old), text_of(new)))
 
-    async def _place(self, model: Term) -> Term:
-        from control.backend import LoadOptions
-
-        return (_OK, await self._api.place(text_of(model), LoadOptions()))
+    async def _place(self, model: Term, options: dict[Any, Term]) -> Term:
+        LoadOptions.from_term(options)
+        return (_OK, await self._api.place(text_of(model), backend.LoadOptions()))
 
     # -- generate --------------------------------------------------------------------------
 

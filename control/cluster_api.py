@@ -36,7 +36,7 @@ from control.scheduler import find_server
 from models.checkpoint import open_checkpoint
 
 ASK_S = 5.0
-DESCRIBE_S = 1.0
+DESCRIBE_S = 3.0
 LOAD_S = 60.0
 UNLOAD_S = 120.0
 SWAP_S = 1800.0
@@ -158,6 +158,8 @@ class ClusterApi:
                     self.node, pid, Atom("describe"), timeout_s=DESCRIBE_S
                 )
                 return {**known, **found}
+            except gen_server.CallTimeout:  # busy: what the books say is the best there is
+                return known
             except gen_server.CallError:  # it is just being replaced: a new epoch comes
                 return {**known, Atom("state"): Atom("recovering")}
         return known

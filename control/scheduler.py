@@ -10,6 +10,7 @@ call ``{set_default, Model}``                     ``ok``: the alias ``default`` 
 call ``wanted``                                   list of ``{InstanceId, Model}``
 call ``forget_all``                               ``ok``: nothing is wanted any more
 call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
+cast ``stopping``                                 the node ends: what stops now did not fail
 ================================================  ==========================================
 
 What takes long (fetching, loading, draining) runs in processes of its own; this one only
@@ -104,6 +105,7 @@ class Scheduler(GenServer):
         self.desired = Desired()
         self.records: dict[str, Record] = {}
         self._waiting: list[tuple[str, Term]] = []  # (model id, From)
+        self._stopping = False
 
     def format_state(self) -> Term:
         return {
@@ -155,6 +157,13 @@ class Scheduler(GenServer):
                 ]
             case _:
                 return (Atom("error"), Atom("unknown_call"), f"scheduler: {request!r:.200}")
+
+    async def handle_cast(self, message: Term) -> None:
+        match message:
+            case "stopping":
+                self._stopping = True  # from now on groups end by no fault of theirs
+            case _:
+                await super().handle_cast(message)
 
     async def handle_info(self, message: Term) -> None:
         match message:
@@ -260,7 +269,7 @@ class Scheduler(GenServer):
         for record in list(self.records.values()):
             if record.group == monitor:
                 record.group = None
-                if record.state not in ("draining", "failed"):
+                if record.state not in ("draining", "failed") and not self._stopping:
                     last = record.history.last_error or f"its supervisor ended with {reason!r}"
                     self._fail(
                         record,

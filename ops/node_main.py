@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from bridge import gen_server
 from bridge.epmd import Epmd
 from bridge.errors import EpmdError
 from bridge.node import Node
@@ -168,6 +169,7 @@ async def _ended(node: Node, root: Pid) -> Term:
 
 async def _end_tree(me: Process, root: Pid) -> None:
     """Stop everything in reverse order; OS children are gone afterwards."""
+    gen_server.cast(me, Atom("scheduler"), Atom("stopping"))
     me.exit(root, Atom("shutdown"))
     try:
         async with asyncio.timeout(TREE_STOP_S):

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from control.errors import DownloadFailed
+from control.model_store import ModelStore
+from models.card import load_cards
 from tests.cluster.live_node import LiveNode, free_tcp_port
-from tests.models.default_model import default_model_path
 
+MODEL = "smollm2-135m-instruct"
 MakeNode = Callable[..., LiveNode]
 
 
 @pytest.fixture(scope="session")
 def models_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration that finds the default model's file, fetched once for all tests."""
-    file = default_model_path()
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "models").mkdir()
-    place_in_store(folder / "models", file)
-    config = folder / "config.yaml"
-    config.write_text(f"models:\n  dir: {folder / 'models'}\nengine:\n  slots: 4\n  threads: 1\n")
+    store = Path.home() / ".cache" / "phalanx-tests" / "store"
+    asyncio.run(_fetch(store))
+    config = tmp_path_factory.mktemp("config") / "config.yaml"
+    config.write_text(f"models:\n  dir: {store}\nengine:\n  slots: 4\n  threads: 1\n")
     return config
 
 
-def place_in_store(root: Path, file: Path) -> None:
-    """Put the default model's file where the store keeps it, as a link to the shared copy."""
-    target = root / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    target.parent.mkdir(parents=True)
-    target.symlink_to(file.resolve())
+async def _fetch(store: Path) -> None:
+    try:
+        await ModelStore(store, load_cards()).ensure(MODEL)
+    except DownloadFailed as exc:
+        pytest.skip(f"the default model cannot be fetched: {exc}")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ class LiveNode:
     url: str = ""
     heart: subprocess.Popen[str] | None = None
     lines: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None
     ready_s: float = 0.0  # from the start of the command to its ready line
 
     @property
@@ -56,7 +57,8 @@ class LiveNode:
             env=self.env,
             start_new_session=True,
         )
-        threading.Thread(target=self._read, args=(self.heart,), daemon=True).start()
+        self.reader = threading.Thread(target=self._read, args=(self.heart,), daemon=True)
+        self.reader.start()
         if expect_ready:
             self.wait_ready(1)
             self.ready_s = time.monotonic() - begun_s
@@ -79,8 +81,9 @@ class LiveNode:
 
     def _read(self, heart: subprocess.Popen[str]) -> None:
         assert heart.stdout is not None
-        for line in heart.stdout:
-            self.lines.append(line.rstrip())
+        with heart.stdout:
+            for line in heart.stdout:
+                self.lines.append(line.rstrip())
 
     def ctl(self, *args: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run another ``ctl`` command against this node."""
@@ -136,6 +139,9 @@ class LiveNode:
                 pids.add(self.heart.pid)
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
+            self.heart.wait(STOP_S)
+            if self.reader is not None:
+                self.reader.join(STOP_S)  # every writer of the pipe is gone: it ends
 
 
 def free_tcp_port() -> int:

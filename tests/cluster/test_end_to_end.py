@@ -122,12 +122,14 @@ def test_an_unknown_model_and_a_long_prompt_are_refused(shared_node: LiveNode) -
 
 
 def test_a_client_that_leaves_is_out_within_two_seconds(shared_node: LiveNode) -> None:
-    body = {"model": MODEL, "messages": QUESTION, "stream": True, "max_tokens": 1000}
+    story = [{"role": "user", "content": "Tell me a long story about a fox."}]
+    body = {"model": MODEL, "messages": story, "stream": True, "temperature": 0}
     with httpx.stream(
         "POST", f"{shared_node.url}/v1/chat/completions", json=body, timeout=30
     ) as response:
-        next(response.iter_lines())
-        assert shared_node.instance()["active_requests"] == 1
+        lines = response.iter_lines()  # kept: httpx closes the response with its iterator
+        next(lines)
+        wait_until(lambda: shared_node.instance()["active_requests"] == 1, 5.0)
     wait_until(lambda: shared_node.instance()["active_requests"] == 0, 2.0)
 
 
