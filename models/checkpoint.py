@@ -9,7 +9,8 @@ from typing import Protocol
 
 from models import tokenizer_gguf, tokenizer_hf
 from models.errors import CorruptModel, NoSuchModel, UnsupportedModel
-from models.gguf import GgufFile, open_gguf
+from models.gguf import open_gguf
+from models.gguf_file import GgufFile
 from models.gguf_names import NOT_WEIGHTS, canonical, deinterleave
 from models.layout import expected_tensors
 from models.quant import KINDS, Bytes

@@ -56,6 +56,32 @@ def to_float32(packed: Bytes, kind: str) -> Floats:
         values = packed.view(np.float16).astype(np.float32)
     elif kind == "BF16":
         values = (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif kind in SIMPLE:
+        values = _simple(packed.reshape(-1, KINDS[kind].block_bytes), kind)
     else:
         values = np.asarray(dequantize(packed, GGMLQuantizationType[kind]), dtype=np.float32)
     return values.reshape(rows, columns)
+
+
+SIMPLE = ("Q4_0", "Q4_1", "Q8_0")
+CHUNK_BLOCKS = 4096  # 512 KiB of results: temporaries stay in the cache
+
+
+def _simple(blocks: Bytes, kind: str) -> Floats:
+    """The commonest types, several times faster than row by row: uint8 (blocks, block_bytes)."""
+    out = np.empty((len(blocks), KINDS[kind].block_size), dtype=np.float32)
+    for start in range(0, len(blocks), CHUNK_BLOCKS):
+        part, into = blocks[start : start + CHUNK_BLOCKS], out[start : start + CHUNK_BLOCKS]
+        scale = part[:, :2].copy().view(np.float16).astype(np.float32)
+        if kind == "Q8_0":
+            np.multiply(part[:, 2:].view(np.int8), scale, out=into)
+            continue
+        nibbles = part[:, 4:] if kind == "Q4_1" else part[:, 2:]
+        into[:, :16], into[:, 16:] = nibbles & 15, nibbles >> 4
+        if kind == "Q4_1":
+            into *= scale
+            into += part[:, 2:4].copy().view(np.float16).astype(np.float32)
+        else:
+            into -= 8
+            into *= scale
+    return out

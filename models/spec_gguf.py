@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.errors import CorruptModel, UnsupportedModel
-from models.gguf import GgufFile
+from models.gguf_file import GgufFile
 from models.spec import Activation, Family, ModelSpec, RopeSpec
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from models.errors import CorruptModel, UnsupportedModel
-from models.gguf import GgufFile
+from models.gguf_file import GgufFile
 from models.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from models.tokenizer import Spelling, Tokenizer
 
