@@ -6,11 +6,10 @@ order in which a sequence grows: a slot that is never filled costs address space
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float32]
 PAGE_TOKENS = 64
 
 
@@ -34,7 +33,7 @@ class KvCache:
         self.pages_a_slot = -(-context_tokens // PAGE_TOKENS)
         num_pages = self.pages_a_slot * num_slots
         shape = (num_pages, num_layers, num_kv_heads, 2, PAGE_TOKENS * head_dim)
-        self.data: npt.NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+        self.data: Floats = np.zeros(shape, dtype=np.float32)
         self.page_numbers: npt.NDArray[np.int64] = np.arange(num_pages, dtype=np.int64).reshape(
             num_slots, self.pages_a_slot
         )
@@ -49,13 +48,15 @@ class KvCache:
         """Bytes when every slot is full."""
         return int(self.data.nbytes)
 
-    def keys(self, slot: int, layer: int, head: int, stop: int) -> npt.NDArray[Any]:
+    def keys(self, slot: int, layer: int, head: int, stop: int) -> Floats:
         """Keys of positions 0 to ``stop``: float32 (stop, head_dim), a copy."""
         pages = self.data[self.page_numbers[slot], layer, head, 0]
         by_page = pages.reshape(self.pages_a_slot, -1, PAGE_TOKENS).transpose(0, 2, 1)
-        return by_page.reshape(self.pages_a_slot * PAGE_TOKENS, -1)[:stop].copy()
+        by_position: Floats = by_page.reshape(self.pages_a_slot * PAGE_TOKENS, -1)
+        return by_position[:stop].copy()
 
-    def values(self, slot: int, layer: int, head: int, stop: int) -> npt.NDArray[Any]:
+    def values(self, slot: int, layer: int, head: int, stop: int) -> Floats:
         """Values of positions 0 to ``stop``: float32 (stop, head_dim), a copy."""
         pages = self.data[self.page_numbers[slot], layer, head, 1]
-        return pages.reshape(self.pages_a_slot * PAGE_TOKENS, -1)[:stop].copy()
+        by_position: Floats = pages.reshape(self.pages_a_slot * PAGE_TOKENS, -1)
+        return by_position[:stop].copy()

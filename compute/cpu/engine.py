@@ -104,16 +104,43 @@ class CpuEngine:
         done = 0
         for part in parts(rows):
             self._step.fill(part)
-            self._crew.run(self._run)
+            self._part(first=0, last=2 * len(self.shard.layers), embed=True, output=True)
             num_out = sum(row.want_logits for row in part)
             if num_out:
                 logits[done : done + num_out] = self._step.logits(num_out)
             done += num_out
         return logits
 
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Start a step by hand, for a shard whose halves are summed with others' in between.
+
+        ``rows`` have at most ``MAX_ROWS`` positions in all. Then :meth:`run_half` for each half
+        with the ranks' :meth:`partial` summed after it, then :meth:`finish`.
+        """
+        self._step.fill(rows)
+        self._part(first=0, last=0, embed=True)
+
+    def run_half(self, half: int) -> None:
+        """Attention (even) or MLP (odd) of layer ``half // 2`` of this shard."""
+        self._part(first=half, last=half + 1)
+
+    def partial(self) -> Floats:
+        """This shard's share of the half just run: float32 (groups, rows, 32), a view."""
+        return self._step.partial()
+
+    def finish(self) -> Floats:
+        """Logits of the wanted rows, after the last half's shares are summed."""
+        last = 2 * len(self.shard.layers)
+        self._part(first=last, last=last, output=True)
+        return self._step.logits(self._step.num_out)
+
     def close(self) -> None:
         """End the threads."""
         self._crew.close()
+
+    def _part(self, *, first: int, last: int, embed: bool = False, output: bool = False) -> None:
+        self._step.choose(first, last, embed, output)
+        self._crew.run(self._run)
 
     def _run(self, thread: int) -> None:
         step, weights = self._step, self._weights
@@ -154,6 +181,7 @@ class Step:
         self._spec, self._cache = spec, cache
         self.table: Longs = np.zeros(t.NUM_STEP, dtype=np.int64)
         self._buffers: list[npt.NDArray[Any]] = []
+        self._views: dict[int, npt.NDArray[Any]] = {}
         num_layers, head_dim = len(shard.layers), spec.head_dim
         num_heads = int(weights.dims[t.NUM_HEADS])
         per_head = num_heads // len(shard.kv_heads)
@@ -193,9 +221,8 @@ class Step:
         self._run_starts = self._longs(t.RUN_STARTS, self.max_rows)
         self._run_lengths = self._longs(t.RUN_LENGTHS, self.max_rows)
         self._out_rows = self._longs(t.OUT_ROWS, self.max_rows)
+        self._partial, self._has = self._views[t.PARTIAL], (shard.is_first(), shard.is_last(spec))
         table = self.table
-        table[t.LAST_HALF] = 2 * num_layers
-        table[t.DO_EMBED], table[t.DO_OUTPUT] = shard.is_first(), shard.is_last(spec)
         table[t.NUM_THREADS] = threads
         table[t.SCRATCH_BYTES], table[t.SCORES_TOKENS] = scratch_bytes, scores_tokens
         table[t.CACHE] = cache.data.ctypes.data
@@ -225,8 +252,25 @@ class Step:
                 num_out += 1
         table = self.table
         table[t.NUM_ROWS], table[t.NUM_RUNS], table[t.NUM_OUT] = at, num_runs, num_out
+
+    def choose(self, first: int, last: int, embed: bool, output: bool) -> None:
+        """Which halves the next call runs, and whether embedding and output belong to it."""
+        table = self.table
+        table[t.FIRST_HALF], table[t.LAST_HALF] = first, last
+        table[t.DO_EMBED], table[t.DO_OUTPUT] = embed and self._has[0], output and self._has[1]
         self._counters.fill(0)
         self._exits.fill(0)
+
+    @property
+    def num_out(self) -> int:
+        """Rows whose logits are wanted."""
+        return int(self.table[t.NUM_OUT])
+
+    def partial(self) -> Floats:
+        """The output of the half just run: float32 (groups, rows, 32), a view."""
+        rows, groups = int(self.table[t.NUM_ROWS]), padded(self._spec.hidden_size) // 32
+        view: Floats = self._partial[: groups * rows * 32].reshape(groups, rows, 32)
+        return view
 
     def logits(self, num_out: int) -> Floats:
         """Logits of the last call: float32 (num_out, vocab)."""
@@ -241,14 +285,18 @@ class Step:
     def _floats(self, column: int, size: int) -> Floats:
         buffer = np.zeros(size + 16, dtype=np.float32)
         skip = (-buffer.ctypes.data % 64) // 4
-        return self._register(column, buffer, buffer[skip : skip + size])
+        view = buffer[skip : skip + size]
+        self._register(column, buffer, view)
+        return view
 
     def _longs(self, column: int, size: int) -> Longs:
         buffer = np.zeros(size + 8, dtype=np.int64)
         skip = (-buffer.ctypes.data % 64) // 8
-        return self._register(column, buffer, buffer[skip : skip + size])
-
-    def _register(self, column: int, buffer: Any, view: Any) -> Any:
-        self._buffers.append(buffer)
-        self.table[column] = view.ctypes.data
+        view = buffer[skip : skip + size]
+        self._register(column, buffer, view)
         return view
+
+    def _register(self, column: int, buffer: npt.NDArray[Any], view: npt.NDArray[Any]) -> None:
+        self._buffers.append(buffer)
+        self._views[column] = view
+        self.table[column] = view.ctypes.data

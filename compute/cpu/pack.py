@@ -36,12 +36,12 @@ class Packed:
     @property
     def tiles(self) -> int:
         """Tiles of 32 outputs, the last perhaps padded."""
-        return self.data.shape[0]
+        return int(self.data.shape[0])
 
     @property
     def groups(self) -> int:
         """Groups of 32 inputs, the last perhaps padded."""
-        return self.data.shape[1]
+        return int(self.data.shape[1])
 
     @property
     def address(self) -> int:

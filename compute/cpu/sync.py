@@ -12,10 +12,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from compute.cpu.jit import inner
-from compute.cpu.vector import operation
+from compute.cpu.vector import external, operation
 
 PHASE_BYTES = 128  # two counters, each alone on its cache line
 _LONG = ir.IntType(64)
@@ -39,8 +38,7 @@ def read(builder: Any, address: Any) -> Any:
 def _give_way(builder: Any, unused: Any) -> Any:
     """Let another thread of the machine run on this core."""
     name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-    kind = ir.FunctionType(ir.IntType(32), [])
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+    builder.call(external(builder, name, ir.IntType(32)), [])
 
 
 @inner

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from compute.cpu.jit import inner
@@ -23,7 +22,7 @@ LANES = 16
 VECTOR_BYTES = 4 * LANES
 
 
-class _VectorType(types.Type):  # type: ignore[misc]  # numba has no type information
+class _VectorType(types.Type):
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -35,9 +34,9 @@ _vector = _VectorType()
 
 
 @register_model(_VectorType)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, _FLOATS)  # type: ignore[no-untyped-call]
 
 
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -69,9 +68,14 @@ def _at(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def external(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """A function that the linker or LLVM itself provides."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+
+
 def _call(builder: Any, name: str, *values: Any) -> Any:
-    kind = ir.FunctionType(_FLOATS, [v.type for v in values])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+    return builder.call(external(builder, name, _FLOATS, *(v.type for v in values)), values)
 
 
 _i64, _f32, _void = types.int64, types.float32, types.void
@@ -260,8 +264,7 @@ def load_bfloat(builder: Any, address: Any) -> Any:
 def prefetch(builder: Any, address: Any) -> Any:
     """Ask for the cache line at an address; harmless where nothing is mapped."""
     byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    function = external(builder, "llvm.prefetch.p0", ir.VoidType(), byte, _INT, _INT, _INT)
     builder.call(function, [builder.inttoptr(address, byte), _INT(0), _INT(3), _INT(1)])
 
 

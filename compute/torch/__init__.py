@@ -1,0 +1,1 @@
+"""The torch engine: the same decoder as torch operations, for CUDA devices."""

@@ -1,0 +1,267 @@
+"""Both engines against transformers: small random models of every family they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from compute.cpu import tables as t
+from compute.cpu.engine import CpuEngine
+from compute.engine import Engine, Row, load_engine
+from compute.shard import Shard
+from compute.torch.engine import TorchEngine
+from models.checkpoint import open_checkpoint
+from tests.compute.oracle import ask
+
+Floats = npt.NDArray[np.float32]
+VOCAB = 131  # not a multiple of anything
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": BASE | {"model_type": "llama"},
+    "llama_tied_wide": BASE
+    | {"model_type": "llama", "tie_word_embeddings": True, "hidden_size": 102, "head_dim": 48},
+    "llama_bias": BASE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama3_rope": BASE | {"model_type": "llama", "rope_parameters": LLAMA3},
+    "qwen2": BASE | {"model_type": "qwen2", "head_dim": 16, "use_sliding_window": False},
+    "qwen3": BASE | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "gemma3": BASE
+    | {
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "tie_word_embeddings": True,
+    },
+}
+STORED = {"llama_bf16": ("llama", "bfloat16"), "llama_f16": ("llama", "float16")}
+LENGTHS = (1, 9, 100)
+
+
+def sequences() -> list[list[int]]:
+    """Some token ids, the same every time."""
+    rng = np.random.default_rng(5)
+    return [[int(i) for i in rng.integers(0, VOCAB, length)] for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every case, with transformers' logits."""
+    root = tmp_path_factory.mktemp("models")
+    cases = {name: (name, "float32") for name in CASES} | STORED
+    ask(
+        *(
+            {"config": CASES[case], "folder": str(root / name), "ids": sequences(), "dtype": dtype}
+            for name, (case, dtype) in cases.items()
+        )
+    )
+    return {name: root / name for name in cases}
+
+
+def on_cpu(path: Path) -> Engine:
+    return load_engine(path, context_tokens=160, num_slots=4, threads=2, device="cpu")
+
+
+def on_torch(path: Path) -> Engine:
+    return TorchEngine.load(
+        open_checkpoint(path),
+        context_tokens=160,
+        num_slots=4,
+        device="cpu",
+        on_progress=lambda done, total: None,
+        dtype=torch.float32,
+    )
+
+
+def logits_of(engine: Engine, ids: list[int], *, slot: int = 0) -> Floats:
+    """Logits after every position, decoded one token at a time: float32 (len, vocab)."""
+    return np.concatenate([engine.forward([Row(slot, (i,), n)]) for n, i in enumerate(ids)])
+
+
+def error(found: Floats, expected: Floats) -> float:
+    """Largest difference beside the largest logit."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("load", [on_cpu, on_torch])
+@pytest.mark.parametrize("name", [*CASES, *STORED])
+def test_logits_are_those_of_transformers(
+    folders: dict[str, Path], name: str, load: Callable[[Path], Engine]
+) -> None:
+    engine = load(folders[name])
+    with np.load(folders[name] / "logits.npz") as saved:
+        expected = [saved[key] for key in saved.files]
+    for slot, (ids, reference) in enumerate(zip(sequences(), expected, strict=True)):
+        assert error(logits_of(engine, ids, slot=slot), reference) < 2e-4
+    rows = [Row(slot, tuple(ids), 0) for slot, ids in enumerate(sequences())]
+    at_once = engine.forward(rows)
+    assert error(at_once, np.stack([reference[-1] for reference in expected])) < 2e-4
+    engine.close()
+
+
+@pytest.fixture
+def cpu_llama(folders: dict[str, Path]) -> Iterator[Engine]:
+    engine = on_cpu(folders["llama"])
+    yield engine
+    engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_row_is_the_same_bits_in_any_company_chunking_and_thread_count(
+    folders: dict[str, Path], cpu_llama: Engine
+) -> None:
+    ids = sequences()[2]
+    alone = logits_of(cpu_llama, ids)[-1]
+    company = [Row(slot, tuple(sequences()[1]), 0, want_logits=slot == 1) for slot in (1, 2, 3)]
+    for cuts in ([100], [1, 99], [37, 1, 61, 1], [6, 7, 8, 79]):
+        start = 0
+        for count in cuts:
+            row = Row(0, tuple(ids[start : start + count]), start)
+            together = cpu_llama.forward([*company, row])
+            start += count
+        assert np.array_equal(together[-1], alone), cuts
+    single = load_engine(folders["llama"], context_tokens=160, num_slots=1, threads=1, device="cpu")
+    assert np.array_equal(single.forward([Row(0, tuple(ids), 0)])[0], alone)
+    single.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["llama_bias", "qwen2", "llama_bf16"])
+def test_halves_of_two_shards_sum_to_the_whole(folders: dict[str, Path], name: str) -> None:
+    """The seam where an all-reduce will stand: partial outputs of two ranks, added by hand."""
+    checkpoint = open_checkpoint(folders[name])
+    whole = Shard.whole(checkpoint.spec)
+    ids = tuple(sequences()[1])
+    expected = on_cpu(folders[name]).forward([Row(0, ids, 0)])
+    cuts = ((range(1), range(64)), (range(1, 2), range(64, 112)))
+    ranks = [
+        CpuEngine.load(
+            checkpoint,
+            context_tokens=160,
+            num_slots=1,
+            threads=1,
+            on_progress=lambda done, total: None,
+            shard=Shard(layers=whole.layers, kv_heads=heads, ffn=ffn),
+        )
+        for heads, ffn in cuts
+    ]
+    for rank in ranks:
+        rank.begin([Row(0, ids, 0)])
+    for half in range(2 * len(whole.layers)):
+        for rank in ranks:
+            rank.run_half(half)
+        total = np.sum([rank.partial() for rank in ranks], axis=0)
+        for rank in ranks:
+            rank.partial()[...] = total
+    found = ranks[0].finish()
+    for rank in ranks:
+        rank.close()
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_long_steps_run_in_parts(cpu_llama: Engine) -> None:
+    ids = sequences()[2]
+    rows = [Row(slot, tuple(ids), 0, want_logits=slot != 1) for slot in range(4)]
+    assert sum(len(row.ids) for row in rows) > t.MAX_ROWS
+    logits = cpu_llama.forward(rows)
+    assert logits.shape == (3, VOCAB)
+    assert np.array_equal(logits[0], logits[1])
+    assert np.array_equal(logits[0], logits[2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Row(4, (1,), 0)], "slot 4 is outside"),
+        ([Row(0, (1,), 0), Row(0, (1,), 1)], "twice"),
+        ([Row(0, (), 0)], "at least one token"),
+        ([Row(0, (1, 2), 159)], "outside the context of 160"),
+        ([Row(0, (VOCAB,), 0)], "token ids must be"),
+        ([Row(0, (-1,), 0)], "token ids must be"),
+    ],
+)
+def test_wrong_rows_are_refused(cpu_llama: Engine, rows: list[Row], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cpu_llama.forward(rows)
+    assert cpu_llama.forward([]).shape == (0, VOCAB)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_loading_says_how_far_it_is_and_refuses_limits(folders: dict[str, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = load_engine(
+        folders["llama"],
+        context_tokens=64,
+        num_slots=1,
+        threads=1,
+        device="cpu",
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    engine.close()
+    assert seen[0][0] == 0
+    assert (
+        seen[-1][0]
+        == seen[-1][1]
+        == sum(
+            open_checkpoint(folders["llama"]).tensor(name).size_bytes
+            for name in open_checkpoint(folders["llama"]).names()
+        )
+    )
+    assert seen == sorted(seen)
+    with pytest.raises(ValueError, match=r"beyond the model's 256"):
+        load_engine(folders["llama"], context_tokens=257, num_slots=1, threads=1, device="cpu")
+    with pytest.raises(ValueError, match="at least 1"):
+        load_engine(folders["llama"], context_tokens=64, num_slots=0, threads=1, device="cpu")
+    with pytest.raises(ValueError, match="unknown device"):
+        load_engine(folders["llama"], context_tokens=64, num_slots=1, threads=1, device="tpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [*CASES, *STORED])
+def test_cuda_in_bf16_is_near_float32(folders: dict[str, Path], name: str) -> None:
+    engine = load_engine(folders[name], context_tokens=160, num_slots=4, threads=1, device="cuda")
+    with np.load(folders[name] / "logits.npz") as saved:
+        reference = saved[saved.files[2]]
+    found = engine.forward([Row(0, tuple(sequences()[2]), 0)])
+    assert error(found, reference[-1:]) < 5e-2
+    engine.close()
