@@ -7,7 +7,6 @@ nothing can be killed or stopped through it. Bad requests close their own connec
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from typing import Final
 
@@ -35,7 +34,8 @@ class EpmdServer:
     Args:
         host: address to listen on; anything but loopback shows node names and ports to others.
         tcp_port: 0 takes a free one (then read `tcp_port`).
-        request_timeout_s: for a client to send its whole request.
+        request_timeout_s: for a client to send its whole request and take the answer.
+        max_connections: more are closed at once; a registered node holds one.
     """
 
     def __init__(
@@ -48,94 +48,120 @@ class EpmdServer:
     ) -> None:
         self._host = host
         self.tcp_port = tcp_port
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self._max_connections = max_connections
         self._nodes: dict[str, NodeEntry] = {}
-        self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._clients: set[_Client] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Bind and serve. Raises OSError: the port is taken or not allowed."""
-        self._server = await asyncio.start_server(
-            self._serve, self._host, self.tcp_port, limit=MAX_REQUEST_BYTES
+        loop = asyncio.get_running_loop()
+        # In two steps, so that `stop` knows of the socket even if this is cancelled.
+        self._server = await loop.create_server(
+            lambda: _Client(self), self._host, self.tcp_port, start_serving=False
         )
         self.tcp_port = self._server.sockets[0].getsockname()[1]
+        await self._server.start_serving()
 
     async def stop(self) -> None:
         """Stop listening and forget every node; their owners see the connection close."""
         if self._server is None:
             return
-        self._server.close()
-        clients = dict(self._clients)
-        for writer in clients.values():
-            writer.transport.abort()  # its task reads the end and leaves
-        await asyncio.gather(*clients)
-        await self._server.wait_closed()
-        self._server = None
+        server, self._server = self._server, None
+        server.close()
+        await asyncio.sleep(0)  # a connection just accepted reports here first
+        for client in list(self._clients):
+            client.abort()
+        await server.wait_closed()
+        await asyncio.sleep(0)  # aborted connections end in the next turn of the loop
 
     @property
     def nodes(self) -> list[NodeEntry]:
         """What is registered now."""
         return list(self._nodes.values())
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients[task] = writer
-        try:
-            if len(self._clients) <= self._max_connections:
-                await self._answer(reader, writer)
-        except (OSError, EpmdError, asyncio.IncompleteReadError, TimeoutError):
-            pass  # this client's own trouble: it sees the connection close
-        finally:
-            del self._clients[task]
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+    def admit(self, client: _Client) -> bool:
+        """Count a new connection; False: there are too many, or no more are served."""
+        self._clients.add(client)
+        return self._server is not None and len(self._clients) <= self._max_connections
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(self._request_timeout_s):
-            size = int.from_bytes(await reader.readexactly(2), "big")
-            if not 1 <= size <= MAX_REQUEST_BYTES:
-                raise EpmdError(f"request of {size} bytes")
-            body = await reader.readexactly(size)
+    def forget(self, client: _Client) -> None:
+        """A connection ended, and its node's registration with it."""
+        self._clients.discard(client)
+        if client.registered is not None:
+            del self._nodes[client.registered]
+
+    def answer(self, body: bytes, client: _Client) -> bytes:
+        """The answer to one request; none for what is not served. Raises EpmdError."""
         kind = body[0]
-        if kind == ALIVE2_REQ and _is_local(writer):
-            await self._register(read_node(body, 1), reader, writer)
-            return
+        if kind == ALIVE2_REQ and client.is_local:
+            return self._register(read_node(body, 1), client)
         if kind == PORT_PLEASE2_REQ:
-            writer.write(port_answer(self._nodes.get(body[1:].decode("utf-8", "replace"))))
-        elif kind == NAMES_REQ:
-            writer.write(names_answer(self.tcp_port, self.nodes))
-        async with asyncio.timeout(self._request_timeout_s):
-            await writer.drain()
+            return port_answer(self._nodes.get(body[1:].decode("utf-8", "replace")))
+        if kind == NAMES_REQ:
+            return names_answer(self.tcp_port, self.nodes)
+        return b""
 
-    async def _register(
-        self, node: NodeEntry, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Keep ``node`` for as long as its connection is open."""
+    def _register(self, node: NodeEntry, client: _Client) -> bytes:
         taken = node.name in self._nodes
+        if not taken:
+            self._nodes[node.name] = node
+            client.registered = node.name
         result = bytes((int(taken),))
         if node.highest_version >= 6:
-            # 1 to 3 mean "unknown" to old peers.
-            creation = 4 + secrets.randbelow(2**32 - 4)
-            writer.write(bytes((ALIVE2_X_RESP,)) + result + creation.to_bytes(4, "big"))
-        else:
-            creation = 1 + secrets.randbelow(3)
-            writer.write(bytes((ALIVE2_RESP,)) + result + creation.to_bytes(2, "big"))
-        if taken:
-            await writer.drain()
+            creation = 4 + secrets.randbelow(2**32 - 4)  # 1 to 3 are the old, short ones
+            return bytes((ALIVE2_X_RESP,)) + result + creation.to_bytes(4, "big")
+        creation = 1 + secrets.randbelow(3)
+        return bytes((ALIVE2_RESP,)) + result + creation.to_bytes(2, "big")
+
+
+class _Client(asyncio.Protocol):
+    """One connection: one request, one answer; a registration stays open after it."""
+
+    def __init__(self, server: EpmdServer) -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self.registered: str | None = None  # name that lives as long as this connection
+        self.is_local = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        peer, own = (transport.get_extra_info(end) for end in ("peername", "sockname"))
+        self.is_local = bool(peer and own and peer[0] == own[0])
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._server.request_timeout_s, transport.abort)
+        if not self._server.admit(self):
+            transport.abort()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self._server.forget(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.registered is not None or self._transport.is_closing():
+            return  # nothing more is expected
+        self._buffer += data
+        if len(self._buffer) < 2:
             return
-        self._nodes[node.name] = node
+        size = int.from_bytes(self._buffer[:2], "big")
+        if not 1 <= size <= MAX_REQUEST_BYTES:
+            self.abort()
+        elif len(self._buffer) >= 2 + size:
+            self._answer(bytes(self._buffer[2 : 2 + size]))
+
+    def _answer(self, body: bytes) -> None:
+        self._buffer.clear()
         try:
-            await writer.drain()
-            while await reader.read(MAX_REQUEST_BYTES):
-                pass  # nothing is expected any more; the end of it is what counts
-        finally:
-            del self._nodes[node.name]
+            self._transport.write(self._server.answer(body, self))
+        except EpmdError:
+            self.abort()  # the client's own trouble: it sees the connection close
+            return
+        if self.registered is None:
+            self._transport.close()  # once the answer is taken, or the deadline passes
+        else:
+            self._deadline.cancel()
 
-
-def _is_local(writer: asyncio.StreamWriter) -> bool:
-    """Whether the client runs on this machine: same address on both ends."""
-    peer, own = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
-    return bool(peer and own and peer[0] == own[0])
+    def abort(self) -> None:
+        self._transport.abort()

@@ -63,14 +63,14 @@ class Side:
     def __init__(
         self, made: Established, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.made, self._reader, self.writer = made, reader, writer
+        self.made, self.reader, self.writer = made, reader, writer
 
     async def packet(self) -> bytes:
         """The next packet that is no tick, without its length."""
         while True:
-            size = int.from_bytes(await self._reader.readexactly(4), "big")
+            size = int.from_bytes(await self.reader.readexactly(4), "big")
             if size:
-                return await self._reader.readexactly(size)
+                return await self.reader.readexactly(size)
 
 
 @asynccontextmanager
