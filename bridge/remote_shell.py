@@ -67,7 +67,15 @@ def install(node: Node, commands: Commands, *, help_text: str, version: str) -> 
         return process.pid
 
     async def expand(me: Process, before: Term, *options: Term) -> Term:
-        return _expand(before, all_commands, node)
+        common, found = _expand(before, all_commands, node)
+        if not found:
+            return Atom("no"), [], []
+        names: Term = [chars(name) for name in found] if len(found) > 1 else []
+        if names and options:  # OTP 26 and later; those before want the names alone
+            elements: Term = [(name, []) for name in names]
+            group = {"title": chars("commands"), "elems": elements, "options": []}
+            names = [{Atom(key): value for key, value in group.items()}]
+        return Atom("yes"), chars(common), names
 
     async def ensure_loaded(me: Process, module: Term) -> Term:
         if is_atom(module, "shell"):
@@ -177,6 +185,8 @@ class _Session:
                 line, column = where if isinstance(where, tuple) else (where, 1)
                 await self._print(f"* {line}:{column}: {_scan_error(what)}\n")
                 return True
+            case ("error", "interrupted"):
+                return True
             case ("eof", _) | "eof" | ("error", _):
                 return False
             case other:
@@ -275,8 +285,11 @@ def _scan_error(what: Term) -> str:
             return text_of(what)
 
 
-def _expand(before: Term, commands: Commands, node: Node) -> Term:
-    """Tab completion: what may follow the text before the cursor, which comes reversed.
+def _expand(before: Term, commands: Commands, node: Node) -> tuple[str, list[str]]:
+    """Tab completion: what all matches add to the text before the cursor, and the matches.
+
+    Args:
+        before: characters, the last one first.
 
     Source: OTP ``edlin_expand.erl``, ``expand/2``.
     """
@@ -286,23 +299,11 @@ def _expand(before: Term, commands: Commands, node: Node) -> Term:
         if not (char.isalnum() or char in "_@:"):
             break
         word = char + word
-    names = {f"{name}(" + (")" if arity == 0 else "") for name, arity in commands}
-    names |= {
-        f"{m}:{f}(" + (")" if arity == 0 else "")
-        for m, f, arity in node.functions
-        if m == "phalanx"
-    }
+    known = [(f"{name}", arity) for name, arity in commands]
+    known += [(f"{m}:{f}", arity) for m, f, arity in node.functions if m == "phalanx"]
+    names = {f"{name}(" if arity else f"{name}()" for name, arity in known}
     found = sorted(name for name in names if word and name.startswith(word))
-    if not found:
-        return Atom("no"), [], []
-    common = _common_prefix(found)[len(word) :]
-    elements: Term = [(chars(name), []) for name in found] if len(found) > 1 else []
-    groups: Term = (
-        [{Atom("title"): chars("commands"), Atom("elems"): elements, Atom("options"): []}]
-        if elements
-        else []
-    )
-    return Atom("yes"), chars(common), groups
+    return (_common_prefix(found)[len(word) :] if found else ""), found
 
 
 def _common_prefix(names: list[str]) -> str:
