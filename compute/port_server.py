@@ -207,9 +207,7 @@ class PortServer(GenServer):
             else:
                 del self._live[ref]  # type: ignore[arg-type]
                 self.me.demonitor(live.monitor)
-                self.me.send(
-                    live.requester, (Atom("done"), ref, Atom(event.reason), event.text)
-                )
+                self.me.send(live.requester, (Atom("done"), ref, Atom(event.reason), event.text))
 
     # -- the other thread ------------------------------------------------------------------
 

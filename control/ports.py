@@ -325,4 +325,3 @@ def _status_text(status: int) -> str:
     if status >= 0 or sys.platform == "win32":
         return f"exited with status {status}"
     return f"was killed by signal {-status}"
-

@@ -51,9 +51,7 @@ class Server(GenServer):
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
             case ("submit", Ref() as ref, dict(options)):
-                self.me.spawn(
-                    lambda me: self._speak(me, from_[0], ref, options), link=True
-                )
+                self.me.spawn(lambda me: self._speak(me, from_[0], ref, options), link=True)
                 return (Atom("ok"), self.epoch)
             case _:
                 return None
