@@ -17,14 +17,15 @@ A script is plain terms, so that the same one goes to OTP and to ours:
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
 from bridge.term import Atom, Term
 
 A = Atom
+T = TypeVar("T")
 
 IDS: list[Term] = [A("a"), A("b"), A("c"), 1, 1.0, (A("d"), [1]), b"e"]
 REASONS: list[Term] = [A("normal"), A("shutdown"), (A("shutdown"), A("why")), A("boom")]
@@ -36,121 +37,115 @@ BEHAVIOURS: list[Term] = [
     *((A("polite"), reason) for reason in [*REASONS, A("noproc")]),
     A("stubborn"),
 ]
-ids = st.sampled_from(IDS)
-indexes = st.integers(0, 5)
-
-
-PLAIN: list[Term] = [
-    *(A("ok") for _ in range(5)),
+FAILURES: list[Term] = [
     A("info"),
     A("ignore"),
     (A("error"), A("busy")),
     (A("error"), (A("already_started"), A("other"))),
     (A("exit"), A("bad")),
 ]
+CALLS_BY_ID = [
+    *(A(f"{name}_child") for name in ("terminate", "restart", "delete", "which")),
+    A("get_childspec"),
+]
+CALLS_BY_PID = [A(f"{name}_known") for name in ("terminate", "get", "which")]
 
 
-@functools.cache  # building strategies costs more than drawing from them
-def _queries(simple: bool) -> st.SearchStrategy[Term]:
-    """Calls that no child plan is part of."""
-    names = ["terminate_child", "restart_child", "delete_child", "get_childspec", "which_child"]
-    by_id = st.tuples(st.sampled_from([A(name) for name in names]), ids)
-    if not simple:
-        return st.one_of(by_id, st.sampled_from([A("which_children"), A("count_children")]))
-    by_pid = st.tuples(
-        st.sampled_from([A(f"{name}_known") for name in ("terminate", "get", "which")]), indexes
-    )
-    return st.one_of(by_pid, by_pid, by_id, st.just(A("which_children")))
+class Writer:
+    """Makes a script of random bytes, one a decision: cheap to draw, and 0 is the plain choice."""
 
+    def __init__(self, tape: bytes, *, simple: bool) -> None:
+        self._tape = iter(tape)
+        self._simple = simple
+        self._keys = 0
+        self._ids: list[Term] = []  # of the plans so far
+        self.auto_shutdown = "never"
 
-@functools.cache
-def _starts(simple: bool) -> st.SearchStrategy[list[Term]]:
-    plain = st.sampled_from(PLAIN)
-    crash = st.tuples(st.just(A("crash")), indexes, st.sampled_from(CRASHES), plain)
-    call = st.tuples(st.just(A("call")), _queries(simple), st.one_of(plain, crash))
-    return st.lists(st.one_of(plain, plain, call, crash), max_size=5)
+    def pick(self, among: Sequence[T]) -> T:
+        return among[next(self._tape, 0) % len(among)]
 
+    def chance(self, percent: int) -> bool:
+        return next(self._tape, 0) > 255 - 2.56 * percent
 
-@functools.cache
-def _plans(simple: bool, auto_shutdown: str) -> st.SearchStrategy[dict[Term, Any]]:
-    often = "permanent" if auto_shutdown == "never" else "transient"
-    restarts = st.sampled_from([A(r) for r in (often, "permanent", "transient", "temporary")])
-    unset = st.just(None)
-    drawn = st.tuples(
-        st.integers(0, 1 << 30),
-        ids,
-        restarts,
-        st.sampled_from(BEHAVIOURS),
-        unset | st.sampled_from([A("brutal_kill"), 5000, A("infinity")]),
-        unset | st.sampled_from([A("worker"), A("supervisor")]),
-        unset | st.sampled_from([A("dynamic"), [A("m")], []]),
-        st.sampled_from([True, True, False]),
-        st.integers(0, 9),
-        _starts(simple),
-    )
-
-    def plan(values: tuple[Any, ...]) -> dict[Term, Any]:
-        key, ident, restart, behaviour, shutdown, kind, modules, significant, luck, starts = values
-        if behaviour == "stubborn" and shutdown != "brutal_kill":
-            shutdown = 2  # only a kill ends it
-        if auto_shutdown == "never" or restart == "permanent":
-            significant = None
-        optional = {
-            "shutdown": shutdown,
-            "type": kind,
-            "modules": modules,
-            "significant": significant,
+    def script(self) -> Term:
+        strategies = ["one_for_one", "one_for_all", "rest_for_one"]
+        autos = ["never"] if self._simple else ["never", "any_significant", "all_significant"]
+        self.auto_shutdown = self.pick(autos)
+        flags = {
+            A("strategy"): A("simple_one_for_one" if self._simple else self.pick(strategies)),
+            A("intensity"): self.pick([3, 1, 2, 5, 8, 8, 0]),
+            A("period"): 3600,  # no script lasts so long: its clock plays no part
+            A("auto_shutdown"): A(self.auto_shutdown),
         }
-        spec = {A("id"): ident, A("restart"): restart}
-        spec |= {A(name): value for name, value in optional.items() if value is not None}
+        plans = [self.plan() for _ in range(1 if self._simple else self.pick([1, 2, 3, 4, 5]))]
+        if not self._simple and not self.chance(5):  # else a duplicate id may refuse them all
+            plans = list({repr(plan[A("spec")][A("id")]): plan for plan in plans}.values())
+        ops = [self.grow() for _ in range(self.pick(range(4)) if self._simple else 0)]
+        ops += [self.op() for _ in range(self.pick(range(16)))]
+        if self.chance(30):
+            ops.append((A("stop"), self.pick(REASONS)))
+        if self._simple:  # every child is an instance of the one template
+            same = {name: plans[0][name] for name in (A("spec"), A("behaviour"))}
+            ops = [_instance(op, same) for op in ops]
+        return flags, plans, ops
+
+    def plan(self) -> dict[Term, Any]:
+        often = "permanent" if self.auto_shutdown == "never" else "transient"
+        restart = self.pick([often, "permanent", "transient", "temporary"])
+        behaviour = self.pick(BEHAVIOURS)
+        spec: dict[Term, Term] = {A("id"): self.pick(IDS), A("restart"): A(restart)}
+        self._ids.append(spec[A("id")])
+        if behaviour == "stubborn":  # only a kill ends it
+            spec[A("shutdown")] = self.pick([A("brutal_kill"), 2])
+        elif self.chance(50):
+            spec[A("shutdown")] = self.pick([A("brutal_kill"), 5000, A("infinity")])
+        if self.chance(50):
+            spec[A("type")] = self.pick([A("worker"), A("supervisor")])
+        if self.chance(50):
+            spec[A("modules")] = self.pick([A("dynamic"), [A("m")], []])
+        if self.auto_shutdown != "never" and restart != "permanent":
+            spec[A("significant")] = not self.chance(30)
+        starts = [self.start() for _ in range(self.pick(range(6)))]
+        self._keys += 1
         return {
-            A("key"): key,
+            A("key"): self._keys,
             A("spec"): spec,
-            A("starts"): [A("ok"), *starts] if simple or luck else starts,
+            A("starts"): starts if not self._simple and self.chance(10) else [A("ok"), *starts],
             A("behaviour"): behaviour,
         }
 
-    return drawn.map(plan)
+    def start(self) -> Term:
+        called = self.chance(35)
+        outcome = self.pick(FAILURES) if self.chance(70 if called else 40) else A("ok")
+        if self.chance(25):
+            outcome = (A("crash"), self.pick(range(6)), self.pick(CRASHES), outcome)
+        return (A("call"), self.query(), outcome) if called else outcome
+
+    def query(self) -> Term:
+        """A call that no child plan is part of."""
+        if self.chance(15):
+            return A("which_children")
+        if self._simple and self.chance(60):
+            return self.pick(CALLS_BY_PID), self.pick(range(6))
+        if not self._simple and self.chance(10):
+            return A("count_children")
+        return self.pick(CALLS_BY_ID), self.pick(IDS if self.chance(15) else self._ids)
+
+    def grow(self) -> Term:
+        """A call that adds a child."""
+        return A("call"), (A("start_simple" if self._simple else "start_child"), self.plan())
+
+    def op(self) -> Term:
+        if self.chance(45):
+            return A("crash"), self.pick(range(6)), self.pick(CRASHES)
+        if self.chance(20):
+            return A("kill"), self.pick(range(6))
+        return self.grow() if self.chance(30) else (A("call"), self.query())
 
 
-@functools.cache
-def _ops(simple: bool, auto_shutdown: str) -> tuple[st.SearchStrategy[Any], ...]:
-    """Children to begin with, all ops, the op that adds a child, the stop at the end."""
-    plans = _plans(simple, auto_shutdown)
-    starts = st.tuples(st.just(A("start_simple" if simple else "start_child")), plans)
-    call = st.tuples(st.just(A("call")), st.one_of(_queries(simple), starts))
-    crash = st.tuples(st.just(A("crash")), indexes, st.sampled_from(CRASHES))
-    kill = st.tuples(st.just(A("kill")), indexes)
-    stop = st.tuples(st.just(A("stop")), st.sampled_from(REASONS))
-    grow = st.tuples(st.just(A("call")), starts)
-    op = st.one_of(crash, crash, kill, call, call, grow if simple else crash)
-    return (
-        st.lists(plans, min_size=int(simple), max_size=1 if simple else 4),
-        st.lists(op, max_size=10),
-        st.lists(grow, max_size=3 if simple else 0),
-        st.lists(stop, max_size=1),
-    )
-
-
-@st.composite
-def scripts(draw: st.DrawFn, *, simple: bool = False) -> Term:
-    kinds = ["simple_one_for_one"] if simple else ["one_for_one", "one_for_all", "rest_for_one"]
-    auto_kinds = ["never"] if simple else ["never", "any_significant", "all_significant"]
-    auto_shutdown = draw(st.sampled_from(auto_kinds))
-    flags = {
-        A("strategy"): A(draw(st.sampled_from(kinds))),
-        A("intensity"): draw(st.sampled_from([0, 1, 2, 3, 5, 8])),
-        A("period"): 3600,  # no script lasts so long: its clock plays no part
-        A("auto_shutdown"): A(auto_shutdown),
-    }
-    plans, ops, grow, stop = (draw(part) for part in _ops(simple, auto_shutdown))
-    if not simple and draw(st.integers(0, 19)):  # else a duplicate id may refuse them all
-        plans = list({repr(plan[A("spec")][A("id")]): plan for plan in plans}.values())
-    ops = [*grow, *ops, *stop]
-    if simple:  # every child is an instance of the one template
-        same = {name: plans[0][name] for name in (A("spec"), A("behaviour"))}
-        ops = [_instance(op, same) for op in ops]
-    return flags, plans, ops
+def scripts(*, simple: bool = False) -> st.SearchStrategy[Term]:
+    tapes = st.binary(min_size=200, max_size=400)
+    return tapes.map(lambda tape: Writer(tape, simple=simple).script())
 
 
 def _instance(op: Term, same: dict[Term, Any]) -> Term:
