@@ -279,13 +279,14 @@ class Step:
         flat = tiled.transpose(1, 0, 2).reshape(num_out, vocab)[:, : self._spec.vocab_size]
         if self._spec.logit_softcap:
             cap = np.float32(self._spec.logit_softcap)
-            return (np.tanh(flat / cap) * cap).astype(np.float32)
-        return flat
+            flat = np.tanh(flat / cap) * cap
+        logits: Floats = flat
+        return logits
 
     def _floats(self, column: int, size: int) -> Floats:
         buffer = np.zeros(size + 16, dtype=np.float32)
         skip = (-buffer.ctypes.data % 64) // 4
-        view = buffer[skip : skip + size]
+        view: Floats = buffer[skip : skip + size]
         self._register(column, buffer, view)
         return view
 

@@ -54,7 +54,7 @@ def random_model(request: dict[str, Any]) -> str:
             parameter.copy_(centre + spread * torch.randn_like(parameter))
     dtype = getattr(torch, request.get("dtype", "float32"))
     model.to(dtype).save_pretrained(folder)
-    model.to(torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     with torch.inference_mode():
         logits = [model(torch.tensor([row])).logits[0].numpy() for row in request["ids"]]
     np.savez(folder / "logits.npz", *logits)
