@@ -1,1 +1,1 @@
-"""The Erlang runtime in Python: terms, distribution, processes. Knows nothing of models or clusters."""
+"""The Erlang runtime in Python: terms, distribution, processes; knows nothing of models."""

@@ -176,6 +176,15 @@ def load_engine(
     raise ValueError(f"unknown device {device!r}: give cpu, cuda or cuda:N")
 
 
+def warm_up() -> None:
+    """Import what ``load_engine`` will need on this machine, so that it is short later."""
+    if _best_device() == "cpu":
+        import compute.cpu.engine as _engine
+    else:
+        import compute.torch.engine as _engine  # type: ignore[no-redef]
+    del _engine
+
+
 def _best_device() -> str:
     """CUDA when a driver and a device are there, else the CPU.
 

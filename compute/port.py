@@ -13,8 +13,8 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 from bridge import gen_server
 from bridge.epmd import Epmd
@@ -82,31 +82,32 @@ async def _beat(me: Process, server: PortServer, beat_s: float) -> None:
         server.beat()
 
 
-async def _keep_owner(me: Process, settings: PortSettings, server: PortServer, end: object) -> None:
+async def _keep_owner(
+    me: Process, settings: PortSettings, server: PortServer, end: Callable[[int], None]
+) -> None:
     """Stay introduced to the owner; end the port when it is gone for good."""
-    assert callable(end)
-    owner = (Atom("ports"), Atom(settings.control_node))
-    lost_since_s = time.monotonic()
+    loop = asyncio.get_running_loop()
+
+    def give_up() -> None:
+        log.warning("no owner for %.0f s; the port ends", settings.orphan_s)
+        end(0)
+
     while True:
-        monitor = await _introduce(me, settings, server)
-        if monitor is None:
-            if time.monotonic() - lost_since_s > settings.orphan_s:
-                log.warning("no owner for %.0f s; the port ends", settings.orphan_s)
-                end(0)
-                return
+        # A timer of its own: no slow attempt to connect can make an orphan live longer.
+        doom = loop.call_later(settings.orphan_s, give_up)
+        while (monitor := await _introduce(me, settings, server)) is None:  # noqa: ASYNC110
             await asyncio.sleep(REDIAL_S)
-            continue
+        doom.cancel()
+        reason = await me.receive(partial(_reason_of_down, monitor))
+        log.warning("the owner was lost: %s; dialling again", reason)
 
-        def gone(message: Term, wanted: Ref = monitor) -> Term | None:
-            match message:
-                case ("DOWN", ref, _, _, reason) if ref == wanted:
-                    return reason
-                case _:
-                    return None
 
-        reason = await me.receive(gone)
-        lost_since_s = time.monotonic()
-        log.warning("owner %s lost: %s; dialling again", owner, reason)
+def _reason_of_down(monitor: Ref, message: Term) -> Term | None:
+    match message:
+        case ("DOWN", ref, _, _, reason) if ref == monitor:
+            return reason
+        case _:
+            return None
 
 
 async def _introduce(me: Process, settings: PortSettings, server: PortServer) -> Ref | None:

@@ -7,6 +7,7 @@ of the scheduler what runs. Results go to the scheduler's books as messages.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,19 +99,17 @@ async def take_down(
 ) -> None:
     """Let active requests finish for ``drain_s``, then end the group. Tells ``stopped``."""
     if coordinator is not None:
-        try:
+        # An error: it is gone, or its clients take longer than they are given.
+        with contextlib.suppress(gen_server.CallError):
             await gen_server.call(me, coordinator, Atom("drain"), timeout_s=drain_s)
-        except gen_server.CallError:
-            pass  # it is gone, or its clients take longer than they are given
-    try:
+    # An error: instance_sup is ending, and its children with it.
+    with contextlib.suppress(gen_server.CallError):
         await gen_server.call(
             me,
             Atom("instance_sup"),
             (Atom("terminate_child"), Atom(instance)),
             timeout_s=END_S,
         )
-    except gen_server.CallError:
-        pass  # instance_sup is ending, and its children with it
     me.send(books, (Atom("stopped"), instance))
 
 
@@ -143,5 +142,8 @@ async def wait_for_names(
     """Wait until all ``names`` are registered, or the time is over (the next call then says so)."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + timeout_s
-    while loop.time() < deadline_s and any(me.node.whereis(n) is None for n in names):
+    # Names have no event; this runs at start-up only.
+    while loop.time() < deadline_s and any(  # noqa: ASYNC110
+        me.node.whereis(n) is None for n in names
+    ):
         await asyncio.sleep(POLL_S)

@@ -116,9 +116,7 @@ class Cluster(GenServer):
 
     def _forward(self, from_: Term, name: str, request: Term) -> Any:
         async def ask() -> Term:
-            return await gen_server.node_call(
-                self.me.node, Atom(name), request, timeout_s=STORE_S
-            )
+            return await gen_server.node_call(self.me.node, Atom(name), request, timeout_s=STORE_S)
 
         return self._spawn(from_, ask)
 
@@ -158,9 +156,7 @@ class Cluster(GenServer):
 
         return self._spawn(from_, whole)
 
-    def _stream(
-        self, from_: Term, to: Pid, model: str, prompt: Term, options: Options
-    ) -> Any:
+    def _stream(self, from_: Term, to: Pid, model: str, prompt: Term, options: Options) -> Any:
         """Answer ``{ok, Ref}`` and send the tokens to ``to``; its death cancels."""
         ref = self.me.make_ref()
 

@@ -233,9 +233,7 @@ class ClusterApi:
             "context": options.context_tokens,
             "slots": options.slots,
         }
-        return await self.load_with(
-            model, {Atom(k): v for k, v in given.items() if v is not None}
-        )
+        return await self.load_with(model, {Atom(k): v for k, v in given.items() if v is not None})
 
     async def load_with(self, model: str, options: Mapping[Any, Term]) -> str:
         """``load`` with the options of CONTRACT section 2 as a map. Raises ControlError."""
@@ -252,7 +250,9 @@ class ClusterApi:
 
     async def swap(self, old: str, new: str) -> str:
         """Load ``new`` beside ``old``, let it take over the name ``default``, unload ``old``."""
-        going = [i for i in await self.instances() if old in (text_of(i["model"]), text_of(i["id"]))]
+        going = [
+            i for i in await self.instances() if old in (text_of(i["model"]), text_of(i["id"]))
+        ]
         if not going:
             raise Refused("not_found", f"no instance of {old!r} runs; nothing to swap")
         instance = await self.load_with(new, {})

@@ -57,8 +57,10 @@ class LoadOptions:
         for key, value in options.items():
             name = text_of(key)
             if name == "shares":
-                raise BadOption("shares: uneven shares need more than one rank, which this version "
-                                "does not place yet; leave it out")
+                raise BadOption(
+                    "shares: uneven shares need more than one rank, which this version "
+                    "does not place yet; leave it out"
+                )
             if name not in known:
                 raise BadOption(f"unknown option {name!r}; known: {', '.join(sorted(known))}")
             if known[name].type == "int":
@@ -75,8 +77,10 @@ class LoadOptions:
         """Raises BadOption for what this version cannot do."""
         for name in ("tensor", "pipeline"):
             if getattr(self, name) > 1:
-                raise BadOption(f"{name}={getattr(self, name)}: this version runs one rank an "
-                                f"instance; leave it out or ask for 1")
+                raise BadOption(
+                    f"{name}={getattr(self, name)}: this version runs one rank an "
+                    f"instance; leave it out or ask for 1"
+                )
         if self.engine not in ("", "torch"):
             raise BadOption(f"engine={self.engine!r}: this version has the engine 'torch'")
         return self
@@ -121,8 +125,10 @@ class BadDesired(ControlError):
         self.path, self.why = path, why
 
     def __str__(self) -> str:
-        return (f"cannot read the desired state {self.path}: {self.why}. Move the file away to "
-                f"start with no models, then load them again.")
+        return (
+            f"cannot read the desired state {self.path}: {self.why}. Move the file away to "
+            f"start with no models, then load them again."
+        )
 
 
 def read_desired(path: Path) -> Desired:
@@ -130,7 +136,8 @@ def read_desired(path: Path) -> Desired:
     try:
         raw = json.loads(path.read_text())
         wanted = tuple(
-            Wanted(str(w["id"]), str(w["model"]), LoadOptions(**w["options"])) for w in raw["wanted"]
+            Wanted(str(w["id"]), str(w["model"]), LoadOptions(**w["options"]))
+            for w in raw["wanted"]
         )
         return Desired(int(raw["version"]), str(raw["default"]), wanted)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from bridge import gen_server
 from bridge.node import Node
 from bridge.process import Process
 from bridge.process_errors import ReceiveTimeout
-from bridge.term import Atom, Pid, Ref, Term
+from bridge.term import Atom, Ref, Term
 from bridge.text import text_of
 from control.backend import DoneEvent, GenerateRequest, TokenEvent
 from control.errors import NotReady
@@ -104,9 +104,7 @@ async def _attempt(
         yield DoneEvent("length")  # the server died between its last token and its last word
         return
     try:
-        instance, coordinator = await find_server(
-            me, entry.request.model, timeout_s=limits.route_s
-        )
+        instance, coordinator = await find_server(me, entry.request.model, timeout_s=limits.route_s)
     except NotReady as exc:
         yield DoneEvent("error", str(exc))
         return
@@ -197,5 +195,3 @@ def _pair(value: Term) -> tuple[int, float]:
 
 def _reason(text: str) -> Any:
     return text if text in ("stop", "length", "cancelled", "error") else "error"
-
-

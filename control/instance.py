@@ -254,6 +254,7 @@ def rank_name(instance: str, rank: int) -> Atom:
 
 def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> ChildSpec:
     """Child spec of ``instance_N_sup``: the ranks, then their coordinator, all or none."""
+
     async def start_rank(rank: int, me: Process) -> Pid:
         if history.exhausted():
             raise gen_server.StartError(

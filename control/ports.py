@@ -5,7 +5,7 @@ in the time it takes to map the weights. Writes down which children it has, so t
 next life of the control process adopts those that still run and kills the rest.
 
 ================================================  ==========================================
-call ``{lease, Instance, Rank}``                  ``{ok, PortId, PortPid, OsPid}`` | ``{error, Kind, Text}``
+call ``{lease, Instance, Rank}``                  ``{ok, PortId, PortPid, OsPid}`` or an error
 call ``{release, PortId}``                        ``ok`` once its process group is gone
 call ``{hello, PortPid, Facts}`` (from a port)    ``welcome`` | ``unknown``
 call ``ports``                                    list of maps
@@ -245,7 +245,7 @@ class Ports(GenServer):
 
     def _expire(self, port_id: str) -> None:
         child = self.state.children.get(port_id)
-        if child is None or child.pid is not None and child.holder is not None:
+        if child is None or (child.pid is not None and child.holder is not None):
             return
         log.warning("port %s did not come back in time or nobody wants it; killed", port_id)
         self._kill(child)

@@ -9,6 +9,7 @@ and never while our own event loop was late.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,12 +144,11 @@ class Rank(GenServer):
             return
         if self._identity is not None:
             self._identity.kill_group()  # at once: nothing in a port is worth waiting for
-        try:
+        # An error: `ports` is ending too and kills its children itself.
+        with contextlib.suppress(gen_server.CallError):
             await gen_server.call(
                 self.me, Atom("ports"), (Atom("release"), self.port_id), timeout_s=RELEASE_S
             )
-        except gen_server.CallError:
-            pass  # `ports` is ending too and kills its children itself
 
     # -- signs of life ---------------------------------------------------------------------
 

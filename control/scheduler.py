@@ -5,7 +5,7 @@ call ``{load, Model, Options}``                   ``{ok, InstanceId}`` | ``{erro
 call ``{unload, InstanceId}``                     ``ok`` | ``{error, not_found, Text}``
 call ``{find, Model}``                            ``{ok, InstanceId, Pid}`` once one is ready
 call ``instances``                                list of ``{Pid | undefined, Map}``
-call ``{path, Model}``                            ``{ok, Id, Path, Context}`` | ``{error, Kind, Text}``
+call ``{path, Model}``                            ``{ok, Id, Path, ContextTokens}`` or an error
 call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
 call ``wanted``                                   list of ``{InstanceId, Model}``
 call ``forget_all``                               ``ok``: nothing is wanted any more
@@ -85,6 +85,8 @@ class Scheduler(GenServer):
 
     Args:
         resolve: model reference -> Resolved; raises UnknownModel. No network.
+        card_of: card id or alias -> card id; raises UnknownModel. Looks at no file, since
+            the names that it is given come from clients.
         desired_path: file of the desired state.
         autoload: load a known model on demand.
     """
@@ -92,6 +94,7 @@ class Scheduler(GenServer):
     def __init__(
         self,
         resolve: Callable[[str], Resolved],
+        card_of: Callable[[str], str],
         *,
         desired_path: Path,
         shape: Shape,
@@ -99,7 +102,7 @@ class Scheduler(GenServer):
         autoload: bool,
     ) -> None:
         super().__init__()
-        self._resolve = resolve
+        self._resolve, self._card_of = resolve, card_of
         self._path = desired_path
         self._shape, self._limits, self._autoload = shape, limits, autoload
         self.desired = Desired()
@@ -334,12 +337,15 @@ class Scheduler(GenServer):
         return NOREPLY
 
     def _model_id(self, name: str) -> str:
-        """Model id of an alias, a reference or an instance id. Raises UnknownModel."""
+        """Model id of ``default``, an instance, a loaded model or a card. Raises UnknownModel."""
         if name == "default" and self.desired.default:
             return self.desired.default
         if name in self.records:
             return self.records[name].model
-        return self._resolve(name).id
+        for record in self.records.values():
+            if name in (record.model, record.wanted.model):
+                return record.model
+        return self._card_of(name)
 
     def _route(self, model: str) -> Term | None:
         """An answer for ``find``, or None while it is worth waiting."""
@@ -410,14 +416,18 @@ class Scheduler(GenServer):
             log.error("cannot write %s: %s; the change is lost at a restart", self._path, exc)
 
     def _describe(self, record: Record) -> dict[Any, Term]:
-        known = describe_spec(record.spec) if record.spec else {
-            Atom("id"): record.id,
-            Atom("model"): record.model,
-            Atom("strategy"): Atom("single"),
-            Atom("tensor_size"): 1,
-            Atom("pipeline_size"): 1,
-            Atom("engine"): record.wanted.options.engine or "torch",
-        }
+        known = (
+            describe_spec(record.spec)
+            if record.spec
+            else {
+                Atom("id"): record.id,
+                Atom("model"): record.model,
+                Atom("strategy"): Atom("single"),
+                Atom("tensor_size"): 1,
+                Atom("pipeline_size"): 1,
+                Atom("engine"): record.wanted.options.engine or "torch",
+            }
+        )
         return {
             **known,
             Atom("state"): Atom(record.state),

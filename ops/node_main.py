@@ -118,7 +118,9 @@ async def _serve(
             epmd_port=settings.epmd_port,
         )
     )
-    models = asyncio.create_task(bring_up_models(me.node, settings, first_life=_is_first_life(home)))
+    models = asyncio.create_task(
+        bring_up_models(me.node, settings, first_life=_is_first_life(home))
+    )
     ends = [
         asyncio.create_task(stopping.wait()),
         asyncio.create_task(heart.gone.wait()),

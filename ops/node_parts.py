@@ -21,7 +21,6 @@ from ops.port_starter import PortStarter
 from ops.start_settings import StartSettings
 from ops.tree import Parts
 
-
 # A model's own context can be 128k and more; its KV cache for every slot would fill the machine.
 DEFAULT_CONTEXT_TOKENS = 8192
 

@@ -78,8 +78,9 @@ class _Progress:
             for row in rows:
                 await self._show(me, row)
                 if row["state"] == "failed" and text_of(row["id"]) in mine:
-                    raise StartFailed(f"cannot serve {text_of(row['model'])}: "
-                                      f"{text_of(row['reason'])}")
+                    raise StartFailed(
+                        f"cannot serve {text_of(row['model'])}: {text_of(row['reason'])}"
+                    )
             known = {text_of(row["id"]) for row in rows}
             wanted = {text_of(id_) for id_, _ in await _ask(me, (Atom("wanted"),))}
             if wanted <= known and all(row["state"] in SETTLED for row in rows):

@@ -1,18 +1,18 @@
 """The supervision tree of a node. READ THIS FIRST: everything that runs hangs here.
 
-    heart                     OS parent (ops/heart.py): restarts the control process
-    └─ root_sup               rest_for_one: what comes later needs what comes before
-       ├─ events              who wants to hear what changed
-       ├─ cluster_sup         rest_for_one
-       │  ├─ membership       machines, their memory and devices
-       │  ├─ election         who leads, since which epoch
-       │  └─ scheduler        which instances should run, which do
-       ├─ model_store         files of models
-       ├─ ports               OS children: spares, leases, kills
-       ├─ instance_sup        one_for_one, dynamic
-       │  └─ <instance>_sup   one_for_all: a model's ranks and their coordinator
-       ├─ cluster             answers Erlang, ctl and the shells
-       └─ gateway             HTTP
+heart                     OS parent (ops/heart.py): restarts the control process
+└─ root_sup               rest_for_one: what comes later needs what comes before
+   ├─ events              who wants to hear what changed
+   ├─ cluster_sup         rest_for_one
+   │  ├─ membership       machines, their memory and devices
+   │  ├─ election         who leads, since which epoch
+   │  └─ scheduler        which instances should run, which do
+   ├─ model_store         files of models
+   ├─ ports               OS children: spares, leases, kills
+   ├─ instance_sup        one_for_one, dynamic
+   │  └─ <instance>_sup   one_for_all: a model's ranks and their coordinator
+   ├─ cluster             answers Erlang, ctl and the shells
+   └─ gateway             HTTP
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from control import supervisor
 from control.cluster import Cluster
 from control.cluster_api import ClusterApi
 from control.election import Election
+from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
 from control.machine import Limits, read_machine
@@ -40,6 +41,7 @@ from control.ports import Ports, StartPort
 from control.rank import RankLimits
 from control.scheduler import Resolved, Scheduler, Shape
 from control.spec import ChildSpec, ChildType, Strategy, SupSpec
+from models.card import find_card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +115,15 @@ def _scheduler(p: Parts) -> Scheduler:
         found = p.store.resolve(ref)
         return Resolved(found.id, ref, p.store.is_local(found))
 
+    def card_of(name: str) -> str:
+        card = find_card(p.store.cards, name)
+        if card is None:
+            raise UnknownModel(name, tuple(p.store.cards))
+        return card.id
+
     return Scheduler(
         resolve,
+        card_of,
         desired_path=p.state_dir / "desired.json",
         shape=p.shape,
         limits=p.rank_limits,

@@ -115,7 +115,7 @@ def test_status_says_what_the_contract_says(shared_node: LiveNode) -> None:
 def test_an_unknown_model_and_a_long_prompt_are_refused(shared_node: LiveNode) -> None:
     with client_of(shared_node) as client:
         with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="nonesuch", messages=QUESTION)  # type: ignore[call-overload]
+            client.completions.create(model="nonesuch", prompt="Hello")
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model=MODEL, prompt="word " * 9000)
     assert caught.value.code == "context_length_exceeded"
@@ -143,7 +143,9 @@ def test_the_cookie_is_on_no_command_line_and_in_no_log(shared_node: LiveNode) -
         assert secret not in path.read_text(errors="replace")
 
 
-def test_a_killed_rank_costs_a_stream_a_pause_and_nothing_else(make_node: Callable[..., LiveNode]) -> None:
+def test_a_killed_rank_costs_a_stream_a_pause_and_nothing_else(
+    make_node: Callable[..., LiveNode],
+) -> None:
     node = make_node()
     undisturbed = Stream(node, max_tokens=80).result()
     stream = Stream(node, max_tokens=80)

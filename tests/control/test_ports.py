@@ -16,7 +16,7 @@ from bridge.epmd import Epmd
 from bridge.node import Node
 from bridge.process import Process
 from bridge.process_errors import StartError
-from bridge.term import Atom, Term
+from bridge.term import Atom
 from control.os_process import OsChild, OsIdentity
 from control.ports import Ports
 from control.rank import Rank, RankLimits
@@ -105,13 +105,9 @@ def test_a_spare_is_leased_and_replaced(tmp_path: Path) -> None:
             port_id, _ = await lease(me)
             assert port_id == "p_1"
 
-            async def ports() -> list[Term]:
-                found: list[Term] = await gen_server.call(me, PORTS, PORTS)
-                return found
-
-            async with asyncio.timeout(20):
-                while len(await ports()) < 2:
-                    await asyncio.sleep(0.05)
+            await wait_until_async(lambda: (tmp_path / "port-p_2.log").exists(), 20)
+            found = await gen_server.call(me, PORTS, PORTS)
+            assert [p["port_id"] for p in found] == ["p_1", "p_2"]
 
     asyncio.run(main())
 
@@ -155,7 +151,7 @@ def test_a_port_that_dies_before_its_hello_is_told_with_its_log(tmp_path: Path) 
 
 def test_a_stopped_port_is_lost_after_its_silence(tmp_path: Path) -> None:
     async def main() -> None:
-        async with broker(tmp_path) as (node, me):
+        async with broker(tmp_path) as (_, me):
             limits = RankLimits(silence_s=1.0, ping_s=0.5)
             me.trap_exit = True
             pid = await gen_server.start_link(me, Rank("i", 0, limits))
