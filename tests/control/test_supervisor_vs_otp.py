@@ -61,8 +61,10 @@ def in_any_order(result: Term) -> Term:
     events, replies = result
     sorted_events: list[Term] = []
     for head, run in groupby(events, lambda event: event[:2] if event[0] == "report" else event[0]):
-        at_once = head in ("stop", (A("report"), A("shutdown_error")))
-        sorted_events += sorted(run, key=repr) if at_once else run
+        together = list(run)
+        if head in ("stop", (A("report"), A("shutdown_error"))):
+            together.sort(key=repr)
+        sorted_events += together
     return sorted_events, replies
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops.heart import History, Limits
+from ops.heart import FDS_VARIABLE, History, Limits
+from ops.heart_client import HeartClient
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and groups of POSIX")
@@ -196,6 +198,27 @@ def test_a_program_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     program = "from ops.heart import run; run(['/no/such/program'])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "FileNotFoundError" in done.stderr
+
+
+def test_without_heart_the_client_does_nothing() -> None:
+    async def main() -> None:
+        client = HeartClient.from_env({})
+        assert not client.present
+        beat = asyncio.create_task(client.beat())
+        client.ready()
+        client.close()
+        await asyncio.sleep(0)
+        assert not beat.done()
+        assert not client.gone.is_set()
+        beat.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("text", ["", "7", "3,4,5", "a,b"])
+def test_odd_descriptors_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        HeartClient.from_env({FDS_VARIABLE: text})
 
 
 @given(st.lists(st.none() | st.floats(0, 100), max_size=30))
