@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Final, TypeAlias
 
@@ -28,7 +28,8 @@ _PORT_TAIL: Final = struct.Struct(">QI").unpack_from
 _PORT_TAIL_NEW: Final = struct.Struct(">II").unpack_from
 _PORT_TAIL_OLD: Final = struct.Struct(">IB").unpack_from
 
-_ROOT, _TUPLE, _LIST, _MAP = range(4)
+_TUPLE, _LIST, _MAP, _ROOT = range(4)
+_ONCE: Final = (None,)
 
 # Memos of bytes already understood: the same few atoms, pids and references come all the time.
 _atoms: dict[bytes, Term] = {}
@@ -57,11 +58,13 @@ def decode_term(data: bytes, pos: int = 0, atom_table: AtomTable = ()) -> tuple[
 def _decode(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
     end = len(data)
     known_atom, known_identifier = _atoms.get, _identifiers.get
-    stack: list[tuple[int, list[Term], repeat[None]]] = []
-    kind = _ROOT
+    stack: list[tuple[int, list[Term], Iterator[None]]] = []
     items: list[Term] = []
     append = items.append
-    turns = repeat(None, 1)
+    kind, turns, max_below = _ROOT, iter(_ONCE), MAX_DEPTH
+    if data[pos] == 104:  # nearly every message is a small tuple: then that is the bottom
+        kind, turns, max_below = _TUPLE, repeat(None, data[pos + 1]), MAX_DEPTH - 1
+        pos += 2
     while True:
         for _ in turns:
             tag = data[pos]
@@ -111,6 +114,13 @@ def _decode(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
                 append([])
                 pos += 1
                 continue
+            elif tag == 70:  # NEW_FLOAT_EXT
+                (value,) = _F64(data, pos + 1)
+                if value - value != 0.0:  # infinite, or not a number
+                    raise DecodeError("float is not finite")
+                append(value)
+                pos += 9
+                continue
             elif tag == 107:  # STRING_EXT
                 start = pos + 3
                 pos = start + _U16(data, pos + 1)[0]
@@ -135,7 +145,7 @@ def _decode(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
                 continue
             if size > end - pos:  # each element takes a byte at least
                 raise DecodeError(f"{size} elements announced, {end - pos} bytes there")
-            if len(stack) >= MAX_DEPTH:
+            if len(stack) >= max_below:
                 raise DecodeError(f"term nests deeper than {MAX_DEPTH}")
             stack.append((kind, items, turns))
             kind = below
@@ -151,7 +161,9 @@ def _decode(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
             elif kind == _MAP:
                 closed = _map(items)
             else:
-                return items[0], pos
+                closed = items[0]
+            if not stack:
+                return closed, pos
             kind, items, turns = stack.pop()
             append = items.append
             append(closed)
@@ -270,18 +282,15 @@ def _port(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
     return Port(node, *_PORT_TAIL_OLD(data, pos)), pos + 5  # PORT_EXT
 
 
-def _float(data: bytes, pos: int, _table: AtomTable) -> tuple[Term, int]:
-    if data[pos] == 70:  # NEW_FLOAT_EXT
-        (value,) = _F64(data, pos + 1)
-        stop = pos + 9
-    else:  # FLOAT_EXT: sprintf "%.20e" in 31 bytes, padded with zeros
-        stop = pos + 32
-        if stop > len(data):
-            raise DecodeError("float cut short")
-        try:
-            value = float(data[pos + 1 : stop].rstrip(b"\0").decode("ascii"))
-        except ValueError as exc:
-            raise DecodeError("old float is no number") from exc
+def _old_float(data: bytes, pos: int, _table: AtomTable) -> tuple[Term, int]:
+    """FLOAT_EXT: sprintf "%.20e" in 31 bytes, padded with zeros."""
+    stop = pos + 32
+    if stop > len(data):
+        raise DecodeError("float cut short")
+    try:
+        value = float(data[pos + 1 : stop].rstrip(b"\0").decode("ascii"))
+    except ValueError as exc:
+        raise DecodeError("old float is no number") from exc
     if not math.isfinite(value):
         raise DecodeError("float is not finite")
     return value, stop
@@ -349,9 +358,9 @@ _LEAVES: Final[dict[int, Callable[[bytes, int, AtomTable], tuple[Term, int]]]] =
     **dict.fromkeys((82, 100, 115, 118), _atom),
     **dict.fromkeys((101, 103, 114), _identifier),
     **dict.fromkeys((89, 102, 120), _port),
-    **dict.fromkeys((70, 99), _float),
     **dict.fromkeys((110, 111), _big),
     77: _bit_binary,
+    99: _old_float,
     112: _fun,
     113: _export,
 }

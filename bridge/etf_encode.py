@@ -6,7 +6,6 @@ Source: erl_ext_dist, "External Term Format"; erts ``external.c``, ``enc_term_in
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -94,6 +93,11 @@ def encode_term(term: Term, prefix: bytes = b"") -> bytes:
                     continue
                 append(_TAG_U32(108, len(term)))
                 below = chain(term, _NIL_TAIL)
+            elif kind is float:
+                if term - term != 0.0:  # infinite, or not a number
+                    raise EncodeError(f"{term} is no Erlang float")
+                append(_TAG_F64(70, term))
+                continue
             elif kind is bool:
                 append(_TRUE if term else _FALSE)
                 continue
@@ -164,12 +168,6 @@ def _int_list(values: list[int]) -> bytes:
     return b"%b%bj" % (_TAG_U32(108, size), b"".join(parts))
 
 
-def _float(value: float) -> bytes:
-    if not math.isfinite(value):
-        raise EncodeError(f"{value} is no Erlang float")
-    return _TAG_F64(70, value)
-
-
 def _binary(data: bytes | bytearray | memoryview) -> bytes:
     body = bytes(data)
     return _TAG_U32(109, len(body)) + body
@@ -203,7 +201,6 @@ def _fun(term: Fun) -> bytes:
 
 
 _LEAVES: Final[dict[type, Callable[[Term], bytes]]] = {
-    float: _float,
     str: _text,
     type(None): lambda _: _UNDEFINED,
     bytearray: _binary,
