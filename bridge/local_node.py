@@ -326,6 +326,15 @@ class LocalNode:
         if found is not None and found[1] in ("demonitor", "reply_demonitor"):
             self._end_alias(ref)
 
+    def spawn_monitored(
+        self, process: Process, node: str, module: str, function: str, arguments: list[Term]
+    ) -> Ref:
+        """Have another node run ``module:function``, watched by ``process``."""
+        ref = self.make_ref()
+        process.monitors[ref] = Monitor(None, None)  # its pid is not known yet
+        self.network.spawn(process, ref, node, (module, function, arguments))
+        return ref
+
     def monitor_node(self, process: Process, node: str, flag: bool) -> None:
         """``erlang:monitor_node/2`` by ``process``; calls add up."""
         count = process.watched_nodes.get(node, 0) + (1 if flag else -1)

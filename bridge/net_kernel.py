@@ -232,8 +232,10 @@ class NetKernel:
         """``process`` has noted the monitor already."""
         self.peer(_node_of(target)).monitor(process, ref, target)
 
-    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str]) -> None:
+    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str] | None) -> None:
         """Only a live connection can have the monitor still."""
+        if target is None:
+            return  # a spawn that was not answered yet: its DOWN will find nobody
         state = self._states.get(_node_of(target))
         if state is not None:
             state.peer.demonitor(process, ref, target)
@@ -247,6 +249,12 @@ class NetKernel:
     def monitor_node(self, process: Process, node: str) -> None:
         """As OTP, this connects."""
         self.peer(node).watch_node(process)
+
+    def spawn(
+        self, process: Process, ref: Ref, node: str, mfa: tuple[str, str, list[Term]]
+    ) -> None:
+        """``process`` has noted the monitor already. Raises EncodeError."""
+        self.peer(node).spawn(process, ref, *mfa)
 
     def forget(self, process: Process, node: str) -> None:
         """``process`` ended."""

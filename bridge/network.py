@@ -27,12 +27,17 @@ class Network(Protocol):
     def link_exit(self, sender: Process, to: Pid, reason: Term) -> None: ...
     def exit(self, sender: Pid, to: Pid, reason: Term) -> None: ...
     def monitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str]) -> None: ...
-    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str]) -> None: ...
+    def demonitor(
+        self, process: Process, ref: Ref, target: Pid | tuple[str, str] | None
+    ) -> None: ...
     def down(
         self, process: Process, watcher: Pid, ref: Ref, target: Term, reason: Term
     ) -> None: ...
     def monitor_node(self, process: Process, node: str) -> None: ...
     def forget(self, process: Process, node: str) -> None: ...
+    def spawn(
+        self, process: Process, ref: Ref, node: str, mfa: tuple[str, str, list[Term]]
+    ) -> None: ...
 
 
 class NoNetwork:
@@ -68,7 +73,7 @@ class NoNetwork:
         """The monitor fires at once."""
         self._node.monitor_fired(process, ref, NOCONNECTION)
 
-    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str]) -> None:
+    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str] | None) -> None:
         """Nobody to tell."""
 
     def down(self, process: Process, watcher: Pid, ref: Ref, target: Term, reason: Term) -> None:
@@ -81,3 +86,9 @@ class NoNetwork:
 
     def forget(self, process: Process, node: str) -> None:
         """Nothing is remembered."""
+
+    def spawn(
+        self, process: Process, ref: Ref, node: str, mfa: tuple[str, str, list[Term]]
+    ) -> None:
+        """The monitor fires at once."""
+        self._node.monitor_fired(process, ref, NOCONNECTION)

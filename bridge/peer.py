@@ -31,6 +31,7 @@ from bridge.control_messages import (
 )
 from bridge.errors import EncodeError
 from bridge.exit_signals import NOCONNECTION, NOPROC, nodedown_message
+from bridge.process import Monitor as Held
 from bridge.term import Atom, Pid, Ref, Term
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ class Peer:
         """Forget a monitor and tell the other end."""
         if self._monitors.pop(ref, None) is not None:
             self.send(Demonitor(process.pid, _target(target), ref))
+
+    def spawn(
+        self, process: Process, ref: Ref, module: str, function: str, arguments: list[Term]
+    ) -> None:
+        """Note a monitor and ask for a process to watch with it."""
+        self._monitors[ref] = process
+        leader = process.group_leader or process.pid
+        mfa = (Atom(module), Atom(function), arguments)
+        self.send(SpawnRequest(ref, process.pid, leader, *mfa, [Atom("monitor")]))
 
     def down(self, watcher: Pid, ref: Ref, target: Term, reason: Term) -> None:
         """A local process watched from there ended."""
@@ -205,8 +215,19 @@ class Peer:
                 process = node.process(to)
                 if process is not None:
                     process.group_leader = sender
-            case SpawnReply():
-                _log.info("%s answers a spawn request that nobody made", self.name)
+            case SpawnReply(ref, to, _, _, result):
+                process = self._monitors.get(ref)
+                if process is None or process.pid != to:
+                    return
+                if ref not in process.monitors:  # nobody waits for it any more
+                    del self._monitors[ref]
+                    if isinstance(result, Pid):
+                        self.send(Demonitor(to, result, ref))
+                elif isinstance(result, Pid):
+                    process.monitors[ref] = Held(result, None)
+                else:
+                    del self._monitors[ref]
+                    node.monitor_fired(process, ref, result)
 
     def watched(self, process: Process, watcher: Pid, ref: Ref, target: Pid | Atom) -> None:
         """``watcher`` of this peer watches a local process."""

@@ -37,7 +37,7 @@ RECEIVES_PER_TURN: Final = 100
 class Monitor:
     """A monitor that a process holds."""
 
-    target: Term  # pid, or (name, node)
+    target: Term  # pid, or (name, node); None before a node says what it spawned
     pid: Pid | None  # of a local target; None where it is elsewhere
 
 

@@ -13,6 +13,7 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
+from bridge import rpc
 from bridge.erl_eval import Commands, EvalError, Evaluator
 from bridge.erl_format import format_term
 from bridge.erl_parse import parse
@@ -20,7 +21,7 @@ from bridge.erl_scan import ErlangSyntaxError, from_erlang
 from bridge.exit_signals import NORMAL, is_atom
 from bridge.node import Node
 from bridge.process import Process
-from bridge.process_errors import Exit
+from bridge.process_errors import CallError, Exit
 from bridge.rpc import ErlangError, Throw
 from bridge.runner import crash_reason
 from bridge.sys_messages import chars
@@ -28,6 +29,8 @@ from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
 
 _log: Final = logging.getLogger("bridge.remote_shell")
+
+CLIENT_S: Final = 5.0
 
 _IO_REQUEST: Final = Atom("io_request")
 _UNICODE: Final = Atom("unicode")
@@ -232,6 +235,7 @@ class _Session:
         try:
             value = await self._evaluator.evaluate(worker, expressions)
         except Quit:
+            await self._end_client(worker)
             return "", False
         except EvalError as exc:
             return f"{exc}\n", True
@@ -248,6 +252,21 @@ class _Session:
         if isinstance(value, Printed):
             return f"{value.text.rstrip()}\nok\n", True
         return f"{self._text(value)}\n", True
+
+    async def _end_client(self, worker: Process) -> None:
+        """End an emulator that is nothing but our client; others only lose this shell.
+
+        At the end of its shell alone, a client would wait for a command to open another.
+        """
+        client = self._leader.node
+        try:
+            asked = await rpc.call(
+                worker, client, "init", "get_argument", [Atom("remsh")], timeout_s=CLIENT_S
+            )
+            if asked == (_OK, [[chars(self._node.name)]]):
+                await rpc.call(worker, client, "init", "stop", [], timeout_s=CLIENT_S)
+        except (CallError, rpc.ErlangError, Throw) as exc:
+            _log.info("the client %s could not be ended: %s", client, exc)
 
     def _text(self, term: Term) -> str:
         return format_term(term, node=self._node.name)

@@ -15,7 +15,7 @@ from bridge.control_messages import SpawnReply, SpawnRequest
 from bridge.exit_signals import is_atom
 from bridge.peer import Peer
 from bridge.process import Body, Process
-from bridge.process_errors import Exit
+from bridge.process_errors import CallTimeout, Exit, NodeDown, ReceiveTimeout
 from bridge.runner import crash_reason
 from bridge.term import Atom, Term
 
@@ -47,6 +47,52 @@ class ErlangError(Exception):
 
 class _Undefined(Exception):
     pass
+
+
+async def call(
+    me: Process,
+    node: str,
+    module: str,
+    function: str,
+    arguments: list[Term],
+    *,
+    timeout_s: float = 5.0,
+) -> Term:
+    """``erpc:call/5``: the value of a function of another node.
+
+    Raises:
+        ErlangError, Throw, Exit: as the function did.
+        NodeDown: the node is unreachable, was lost, or spawns nothing for others.
+        CallTimeout: no answer within ``timeout_s``.
+    """
+    result = me.make_ref()
+    where = (Atom(module), Atom(function), arguments)
+    ref = me.node.spawn_monitored(me, node, "erpc", "execute_call", [result, *where])
+
+    def match(message: Term) -> Term | None:
+        match message:
+            case ("DOWN", found, _, _, reason) if found == ref:
+                return (reason,)
+        return None
+
+    try:
+        (reason,) = await me.receive(match, timeout_s=timeout_s)
+    except BaseException as exc:
+        me.demonitor(ref)
+        if isinstance(exc, ReceiveTimeout):
+            raise CallTimeout(Atom("timeout"), Atom(node), where, timeout_s) from exc
+        raise
+    match reason:
+        case (found, "return", value) if found == result:
+            return value
+        case (found, "throw", value) if found == result:
+            raise Throw(value)
+        case (found, "exit", value) if found == result:
+            raise Exit(value)
+        case (found, "error", value, _) if found == result:
+            raise ErlangError(value)
+        case _:
+            raise NodeDown((Atom("nodedown"), Atom(node)), Atom(node), where, timeout_s)
 
 
 class Rpc:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from typing import Any
 
 import pytest
 
-from bridge import gen_server
+from bridge import gen_server, rpc
 from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.process_errors import CallTimeout, Exit, NodeDown, NoProc, ReceiveTimeout
@@ -146,7 +147,8 @@ async def test_monitors_links_and_exits_from_erlang(otp: Otp) -> None:
 
         async def fresh() -> Pid:
             pid = node.spawn(obeying, name="obeying")
-            await erl.eval(f"put(p, {'P' + str(pid.id)})", **{f"P{pid.id}": pid})
+            bound: dict[str, Any] = {f"P{pid.id}": pid}
+            await erl.eval(f"put(p, P{pid.id})", **bound)
             return pid
 
         for watch, kill, reason in (
@@ -442,7 +444,7 @@ async def test_rpc_reaches_the_table_and_nothing_else(otp: Otp) -> None:
         await erl.eval("N", N=PY)
         for module in ("rpc", "erpc"):
             assert await erl.eval(f"{module}:call(N, phalanx, add, [1, 2])") == 3
-        undef = (A("undef"), [(A("os"), A("cmd"), [[*b"ls"]], [])])
+        undef: Term = (A("undef"), [(A("os"), A("cmd"), [[*b"ls"]], [])])
         refused = await erl.eval('rpc:call(N, os, cmd, ["ls"])')
         assert refused == (A("badrpc"), (A("EXIT"), undef))
         kind, reason = await raised(erl.eval('erpc:call(N, os, cmd, ["ls"])'))
@@ -463,6 +465,28 @@ async def test_rpc_reaches_the_table_and_nothing_else(otp: Otp) -> None:
         assert down[4] == (A("undef"), [(A("os"), A("cmd"), [A("x")], [])])
         assert await erl.eval("spawn(N, phalanx, add, [1, 2]), net_adm:ping(N)") == A("pong")
         assert [p for p in node.processes() if "execute" in p.label] == []
+
+
+@each_otp()
+async def test_rpc_from_here(otp: Otp) -> None:
+    async with python_node() as (node, port), stock_node(otp, port):
+        with node.open_process() as me:
+            assert await rpc.call(me, ERL, "lists", "sum", [[1, 2, 3]]) == 6
+            with pytest.raises(rpc.ErlangError) as error:
+                await rpc.call(me, ERL, "no_such_module", "f", [])
+            assert error.value.reason == A("undef")
+            with pytest.raises(Exit) as left:
+                await rpc.call(me, ERL, "erlang", "exit", [A("bye")])
+            assert left.value.reason == A("bye")
+            with pytest.raises(rpc.Throw):
+                await rpc.call(me, ERL, "erlang", "throw", [1])
+            with pytest.raises(CallTimeout):
+                await rpc.call(me, ERL, "timer", "sleep", [60_000], timeout_s=0.05)
+            with pytest.raises(NodeDown):
+                await rpc.call(me, "no_such_node@127.0.0.1", "m", "f", [])
+            assert (me.mailbox_length, me.monitors) == (0, {})
+    with node.open_process() as me, pytest.raises(NodeDown):
+        await rpc.call(me, ERL, "m", "f", [])
 
 
 @each_otp()
