@@ -1,0 +1,273 @@
+"""The worker on an engine made of arithmetic: what comes out, in which order, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compute.engine import Row, check_rows
+from compute.sampler import SamplingParams
+from compute.worker import Done, Event, Submit, Token, Worker
+from models.spec import ModelSpec, RopeSpec
+
+VOCAB = 50
+SPEC = ModelSpec(
+    family="llama",
+    num_layers=1,
+    hidden_size=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    ffn_size=16,
+    vocab_size=VOCAB,
+    context_length=64,
+    norm_eps=1e-5,
+    rope=RopeSpec(theta=1e4, dim=16),
+    windows=(None,),
+    attention_scale=0.25,
+)
+POISON = 49  # a sequence with this token gets NaN
+
+
+class SumEngine:
+    """Favours the token ``sum of all ids so far, modulo 40``; remembers what each slot holds."""
+
+    spec = SPEC
+    device = "cpu:0"
+    memory_bytes = 0
+
+    def __init__(self, *, context_tokens: int = 32, num_slots: int = 2) -> None:
+        self.context_tokens, self.num_slots = context_tokens, num_slots
+        self.held: dict[int, list[int]] = {slot: [] for slot in range(num_slots)}
+        self.largest_step = 0
+
+    def forward(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        check_rows(
+            rows,
+            num_slots=self.num_slots,
+            context_tokens=self.context_tokens,
+            vocab_size=VOCAB,
+        )
+        self.largest_step = max(self.largest_step, sum(len(row.ids) for row in rows))
+        logits = []
+        for row in rows:
+            held = self.held[row.slot]
+            assert row.start <= len(held), "a position was left out"
+            held[row.start :] = row.ids
+            if row.want_logits:
+                favourite = np.zeros(VOCAB, dtype=np.float32)
+                favourite[sum(held) % 40] = 5.0
+                logits.append(favourite + (np.nan if POISON in held else 0))
+        return np.asarray(logits, dtype=np.float32).reshape(-1, VOCAB)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def expected(prompt: Sequence[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(sum(ids) % 40)
+    return ids[len(prompt) :]
+
+
+def order(key: Hashable, prompt: Sequence[int], **more: object) -> Submit:
+    given_fields = {"max_tokens": 5, "params": GREEDY} | more
+    return Submit(request_id=key, prompt_ids=tuple(prompt), **given_fields)  # type: ignore[arg-type]
+
+
+def run(worker: Worker) -> dict[Hashable, list[Event]]:
+    out: dict[Hashable, list[Event]] = {}
+    while not worker.idle:
+        for event in worker.step():
+            out.setdefault(event.request_id, []).append(event)
+    return out
+
+
+def tokens(events: list[Event]) -> list[int]:
+    found = [event for event in events if isinstance(event, Token)]
+    first = found[0].index if found else 0
+    assert [token.index for token in found] == list(range(first, first + len(found)))
+    return [token.token_id for token in found]
+
+
+def test_more_requests_than_slots_all_get_their_own_answers() -> None:
+    engine = SumEngine()
+    worker = Worker(engine, prefill_chunk_tokens=4)
+    prompts = {key: list(range(key, key + 2 + key)) for key in range(5)}
+    for key, prompt in prompts.items():
+        worker.submit(order(key, prompt))
+    assert (worker.num_running, worker.num_waiting) == (0, 5)
+    out = run(worker)
+    assert worker.step() == []
+    for key, prompt in prompts.items():
+        assert tokens(out[key]) == expected(prompt, 5)
+        assert out[key][-1] == Done(key, "length")
+    assert engine.largest_step <= 4 + 1
+
+
+def test_a_resumed_request_goes_on_where_it_was() -> None:
+    worker = Worker(SumEngine())
+    whole = expected((3, 4), 6)
+    worker.submit(order("again", (3, 4), generated_ids=tuple(whole[:4]), max_tokens=6))
+    events = run(worker)["again"]
+    assert isinstance(events[0], Token)
+    assert events[0].index == 4
+    assert tokens(events) == whole[4:]
+
+
+def test_sampled_tokens_do_not_depend_on_company_or_a_crash() -> None:
+    params = SamplingParams(seed=11, temperature=3.0)
+    alone = Worker(SumEngine(num_slots=1))
+    alone.submit(order("x", (1, 2), params=params, max_tokens=12))
+    answer = tokens(run(alone)["x"])
+    together = Worker(SumEngine(num_slots=3), prefill_chunk_tokens=2)
+    for key in ("a", "b"):
+        together.submit(order(key, range(9), params=SamplingParams(seed=1)))
+    resumed = {"params": params, "max_tokens": 12, "generated_ids": tuple(answer[:5])}
+    together.submit(order("x", (1, 2), **resumed))
+    assert tokens(run(together)["x"]) == answer[5:]
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it() -> None:
+    worker = Worker(SumEngine())
+    answer = expected((1, 2), 5)
+    stop = next(i for i in range(1, 5) if answer[i] not in answer[:i])
+    worker.submit(order("x", (1, 2), stop_ids=frozenset({answer[stop]})))
+    events = run(worker)["x"]
+    assert tokens(events) == answer[:stop]
+    assert events[-1] == Done("x", "stop")
+
+
+def test_the_context_ends_an_answer_with_length() -> None:
+    worker = Worker(SumEngine(context_tokens=8))
+    worker.submit(order("x", (1, 2, 3), max_tokens=100))
+    events = run(worker)["x"]
+    assert len(tokens(events)) == 5
+    assert events[-1] == Done("x", "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ((), "no token"),
+        (tuple(range(33)), "33 tokens, the context holds 32"),
+        ((50,), "token ids must be 0..49"),
+        ((-1,), "token ids must be 0..49"),
+    ],
+)
+def test_an_impossible_request_ends_alone(prompt: tuple[int, ...], text: str) -> None:
+    worker = Worker(SumEngine())
+    worker.submit(order("bad", prompt))
+    assert not worker.idle
+    worker.submit(order("good", (1,)))
+    out = run(worker)
+    (done,) = out["bad"]
+    assert isinstance(done, Done)
+    assert done.reason == "error"
+    assert text in done.text
+    assert tokens(out["good"]) == expected((1,), 5)
+
+
+def test_unusable_logits_end_one_request() -> None:
+    worker = Worker(SumEngine())
+    worker.submit(order("bad", (POISON,)))
+    worker.submit(order("biased", (1,), params=SamplingParams(logit_bias={VOCAB: 1.0})))
+    worker.submit(order("good", (1,)))
+    out = run(worker)
+    (done,) = out["bad"]
+    assert isinstance(done, Done)
+    assert "NaN" in done.text
+    (done,) = out["biased"]
+    assert isinstance(done, Done)
+    assert "outside the vocabulary" in done.text
+    assert tokens(out["good"]) == expected((1,), 5)
+
+
+def test_nothing_left_to_generate_is_a_length_at_once() -> None:
+    worker = Worker(SumEngine(context_tokens=4))
+    worker.submit(order("full", (1, 2), generated_ids=(3, 6), max_tokens=9))
+    worker.submit(order("done", (1, 2), generated_ids=(3,), max_tokens=1))
+    assert run(worker) == {"full": [Done("full", "length")], "done": [Done("done", "length")]}
+
+
+def test_log_probabilities_come_with_tokens_when_asked() -> None:
+    worker = Worker(SumEngine())
+    worker.submit(order("with", (1, 2), logprobs=2, max_tokens=1))
+    worker.submit(order("without", (1, 2), max_tokens=1))
+    out = run(worker)
+    token = out["with"][0]
+    assert isinstance(token, Token)
+    assert token.logprob is not None
+    assert token.top[0] == (token.token_id, token.logprob)
+    assert len(token.top) == 2
+    token = out["without"][0]
+    assert isinstance(token, Token)
+    assert token.logprob is None
+    assert token.top == ()
+
+
+def test_an_id_in_use_is_refused_and_is_free_again_after_the_end() -> None:
+    worker = Worker(SumEngine())
+    worker.submit(order("x", (1,)))
+    with pytest.raises(ValueError, match="running already"):
+        worker.submit(order("x", (1,)))
+    run(worker)
+    worker.submit(order("x", (1,)))
+    assert tokens(run(worker)["x"]) == expected((1,), 5)
+
+
+def test_cancel_takes_back_waiting_running_and_refused_requests() -> None:
+    worker = Worker(SumEngine(num_slots=1))
+    for key in ("running", "waiting"):
+        worker.submit(order(key, (1,)))
+    worker.submit(order("refused", ()))
+    worker.step()
+    worker.submit(order("refused", ()))
+    for key in ("running", "waiting", "refused", "unknown"):
+        worker.cancel(key)
+    assert worker.idle
+    assert worker.step() == []
+    worker.submit(order("next", (2,)))
+    assert tokens(run(worker)["next"]) == expected((2,), 5)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_answers_are_right_whatever_comes_and_goes(data: st.DataObject) -> None:
+    worker = Worker(
+        SumEngine(num_slots=data.draw(st.integers(1, 3))),
+        prefill_chunk_tokens=data.draw(st.integers(1, 9)),
+    )
+    number = st.integers(0, 39)
+    prompts = data.draw(st.lists(st.lists(number, min_size=1, max_size=12), min_size=1, max_size=6))
+    arrivals = [data.draw(st.integers(0, 6)) for _ in prompts]
+    cancels = [data.draw(st.none() | st.integers(0, 12)) for _ in prompts]
+    out: dict[Hashable, list[Event]] = {key: [] for key in range(len(prompts))}
+    for step in range(200):
+        for key, prompt in enumerate(prompts):
+            if arrivals[key] == step:
+                worker.submit(order(key, prompt, max_tokens=4))
+            if cancels[key] == step:
+                worker.cancel(key)
+        for event in worker.step():
+            cancelled = cancels[event.request_id]  # type: ignore[call-overload]
+            arrived = arrivals[event.request_id]  # type: ignore[call-overload]
+            assert cancelled is None or cancelled > step or cancelled < arrived
+            out[event.request_id].append(event)
+    assert worker.idle
+    for key, prompt in enumerate(prompts):
+        found, whole = tokens(out[key]), expected(prompt, 4)
+        assert found == whole[: len(found)]
+        if cancels[key] is None:
+            assert out[key][-1] == Done(key, "length")
+            assert found == whole
