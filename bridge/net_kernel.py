@@ -1,5 +1,5 @@
-"""A node's connections: the listener, one attempt at a time to each peer, who wins when two
-meet, and the routing of every signal that leaves the node.
+"""A node's connections: the listener, one attempt at a time to each peer, and who wins when two
+meet.
 
 Source: OTP ``net_kernel.erl`` and ``dist_util.erl`` for collisions and simultaneous connects.
 """
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 from bridge import epmd as epmd_client
 from bridge.connection import MAX_OUTBOUND_BYTES, Connection
-from bridge.control_messages import ExitSignal, Send, SendAlias, SendName
 from bridge.epmd import Epmd
 from bridge.errors import BridgeError, HandshakeError
 from bridge.flags import HIDDEN_NODE, VISIBLE_NODE
@@ -32,11 +31,10 @@ from bridge.handshake import (
     Status,
 )
 from bridge.peer import Peer, Spawner
-from bridge.term import Atom, Pid, Ref, Term
+from bridge.term import Atom
 
 if TYPE_CHECKING:
     from bridge.node import Node
-    from bridge.process import Process
 
 _log: Final = logging.getLogger("bridge.net_kernel")
 
@@ -187,85 +185,25 @@ class NetKernel:
         state = self._states.get(name)
         return state.up.outbound_bytes() if state and state.up else 0
 
-    # --- Network: signals that leave this node
-
     def peer(self, name: str) -> Peer:
         """The peer ``name``, with a connection or with an attempt under way."""
-        state = self._states.get(name)
-        if state is None:
-            state = self._state(name)
+        state = self._state(name)
         if state.up is None:
             self._attempt(state)
         return state.peer
 
-    def send_pid(self, sender: Pid, to: Pid, message: Term) -> None:
-        """Raises EncodeError."""
-        self.peer(to.node).send(Send(sender, to, message))
-
-    def send_name(self, sender: Pid, node: str, name: str, message: Term) -> None:
-        """Raises EncodeError."""
-        self.peer(node).send(SendName(sender, Atom(name), message))
-
-    def send_alias(self, sender: Pid, alias: Ref, message: Term) -> None:
-        """Raises EncodeError."""
-        self.peer(alias.node).send(SendAlias(sender, alias, message))
-
-    def link(self, process: Process, to: Pid) -> None:
-        """``process`` has noted the link already."""
-        self.peer(to.node).link(process, to)
-
-    def unlink(self, process: Process, to: Pid, unlink_id: int) -> None:
-        """``process`` has noted the id already."""
-        self.peer(to.node).unlink(process, to, unlink_id)
-
-    def link_exit(self, sender: Process, to: Pid, reason: Term) -> None:
-        """Only a live connection can have the link still."""
-        state = self._states.get(to.node)
-        if state is not None:
-            state.peer.link_exit(sender, to, reason)
-
-    def exit(self, sender: Pid, to: Pid, reason: Term) -> None:
-        """Raises EncodeError."""
-        self.peer(to.node).send(ExitSignal(sender, to, reason))
-
-    def monitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str]) -> None:
-        """``process`` has noted the monitor already."""
-        self.peer(_node_of(target)).monitor(process, ref, target)
-
-    def demonitor(self, process: Process, ref: Ref, target: Pid | tuple[str, str] | None) -> None:
-        """Only a live connection can have the monitor still."""
-        if target is None:
-            return  # a spawn that was not answered yet: its DOWN will find nobody
-        state = self._states.get(_node_of(target))
-        if state is not None:
-            state.peer.demonitor(process, ref, target)
-
-    def down(self, process: Process, watcher: Pid, ref: Ref, target: Term, reason: Term) -> None:
-        """Only a live connection can have the monitor still."""
-        state = self._states.get(watcher.node)
-        if state is not None:
-            state.peer.down(watcher, ref, target, reason)
-
-    def monitor_node(self, process: Process, node: str) -> None:
-        """As OTP, this connects."""
-        self.peer(node).watch_node(process)
-
-    def spawn(
-        self, process: Process, ref: Ref, node: str, mfa: tuple[str, str, list[Term]]
-    ) -> None:
-        """``process`` has noted the monitor already. Raises EncodeError."""
-        self.peer(node).spawn(process, ref, *mfa)
-
-    def forget(self, process: Process, node: str) -> None:
-        """``process`` ended."""
-        state = self._states.get(node)
-        if state is not None:
-            state.peer.forget(process)
+    def known(self, name: str) -> Peer | None:
+        """The peer ``name`` if there is anything with it; nothing is begun for its sake."""
+        state = self._states.get(name)
+        return state.peer if state is not None else None
 
     # --- attempts of our own
 
     def _state(self, name: str) -> _State:
-        return self._states.setdefault(name, _State(Peer(self._node, name, self._spawner)))
+        state = self._states.get(name)
+        if state is None:
+            state = self._states[name] = _State(Peer(self._node, name, self._spawner))
+        return state
 
     def _attempt(self, state: _State) -> None:
         if state.up or state.attempt or state.incoming or state.outgoing or state.grace:
@@ -462,7 +400,3 @@ class NetKernel:
 def refused_for_other(name: str) -> str:
     """How a handshake ends that the peer refuses because its own attempt goes first."""
     return f"{name} answers {Status.NOK}"
-
-
-def _node_of(target: Pid | tuple[str, str]) -> str:
-    return target.node if isinstance(target, Pid) else target[1]

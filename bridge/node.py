@@ -16,6 +16,7 @@ from bridge.kernel_servers import NetKernelServer
 from bridge.local_node import LocalNode, ProcessInfo
 from bridge.net_kernel import NetKernel
 from bridge.network import NoNetwork
+from bridge.routes import Routes
 from bridge.rpc import Functions, Rpc
 from bridge.term import Atom
 
@@ -88,7 +89,8 @@ class Node(LocalNode):
             max_outbound_bytes=self._max_outbound_bytes,
         )
         # Before the first peer can get in: it may ask for them at once.
-        self.network = self._kernel = kernel
+        self._kernel = kernel
+        self.network = Routes(kernel)
         servers = [await gen_server.start(self, NetKernelServer(), name="net_kernel")]
         if not self.hidden:
             server = GlobalNameServer()
