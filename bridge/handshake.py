@@ -59,12 +59,16 @@ Decision: TypeAlias = Status | Named
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """This side: ``name`` is ``NAME@HOST``; the cookie is never printed."""
+    """This side: ``name`` is ``NAME@HOST``; the cookie is never printed.
+
+    ``length_bytes`` is the size of a frame's length: 2, or 4 over TLS.
+    """
 
     name: str
     cookie: str = field(repr=False)
     creation: int
     flags: int = VISIBLE_NODE
+    length_bytes: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +156,20 @@ class _Machine:
             raise
 
     def _next_frame(self) -> bytes | None:
-        if len(self._in) < 2:
+        head = self._local.length_bytes
+        if len(self._in) < head:
             return None
-        size = self._in[0] << 8 | self._in[1]
+        size = int.from_bytes(self._in[:head], "big")
         if not 1 <= size <= _MAX_FRAME_BYTES:
             raise HandshakeError(f"handshake message of {size} bytes")
-        if len(self._in) < 2 + size:
+        if len(self._in) < head + size:
             return None
-        frame = bytes(self._in[2 : 2 + size])
-        del self._in[: 2 + size]
+        frame = bytes(self._in[head : head + size])
+        del self._in[: head + size]
         return frame
 
     def _write(self, frame: bytes) -> None:
-        self._out += len(frame).to_bytes(2, "big") + frame
+        self._out += len(frame).to_bytes(self._local.length_bytes, "big") + frame
 
     def _check_digest(self, found: bytes) -> None:
         if not hmac.compare_digest(found, digest(self._local.cookie, self._challenge)):

@@ -82,7 +82,8 @@ class NetKernel:
         self._client_tls = tls[1] if tls else None
         self._max_outbound_bytes = max_outbound_bytes
         flags = HIDDEN_NODE if node.hidden else VISIBLE_NODE
-        self._local = Local(node.name, cookie, node.creation, flags)
+        # Over TLS, OTP gives handshake messages the lengths of all later ones.
+        self._local = Local(node.name, cookie, node.creation, flags, 4 if tls else 2)
         self._states: dict[str, _State] = {}
         self._addresses: dict[str, Address] = {}
         self._handshakes: dict[Connection, None] = {}  # in order of arrival
