@@ -21,7 +21,7 @@ class UnknownModel(ControlError):
     def __str__(self) -> str:
         if self.told:
             return self.told
-        seen = ", ".join(sorted(self.known)[:8]) or "none"
+        seen = ", ".join(sorted(self.known)[:20]) or "none"
         return f"unknown model {self.model!r}; known: {seen}. See `ctl model list`."
 
 
