@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ import numpy.typing as npt
 
 from compute.cpu import layout
 from compute.cpu.layout import GROUP, TILE, padded
+from compute.cpu.stored import TAKE_APART
 from models.checkpoint import Weight
+from models.quant import KINDS
 
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
@@ -55,20 +56,13 @@ def pack(weight: Weight, rows: slice = ALL, columns: slice = ALL) -> Packed:
     Args:
         weight: a matrix of any kind that ``models`` reads.
         rows: outputs to keep.
-        columns: inputs to keep; for a quantised weight kept so, both ends on multiples of 32.
-
-    Kinds without a packing of their own become float32 (or half, where that is exact), which
-    takes more memory and holds the same numbers.
+        columns: inputs to keep. A quantised weight stays quantised if both ends are multiples of
+            32; else it becomes float32, which takes more memory and holds the same numbers.
     """
     num_rows, num_columns = len(range(*rows.indices(weight.shape[0]))), weight.shape[1]
     start, stop, _ = columns.indices(num_columns)
-    aligned = start % GROUP == 0 and (stop % GROUP == 0)
-    packer = _PACKERS.get(weight.kind)
-    if packer is not None and aligned:
-        block_bytes = weight.packed(slice(0, 1)).shape[1] * GROUP // num_columns
-        stored = weight.packed(rows).reshape(num_rows, num_columns // GROUP, block_bytes)
-        kind, data = packer(stored[:, start // GROUP : stop // GROUP])
-        return Packed(kind, data, num_rows, stop - start)
+    if weight.kind in TAKE_APART and start % GROUP == 0 and stop % GROUP == 0:
+        return _pack_quantised(weight, rows, start, stop)
     kind, values = _dense(weight, rows, columns)
     wide = np.zeros((padded(num_rows), padded(stop - start)), dtype=values.dtype)
     wide[:num_rows, : stop - start] = values
@@ -109,44 +103,24 @@ def _tiled(stored: Array) -> Array:
     return stored.reshape(-1, TILE, *stored.shape[1:])
 
 
-def _pack_blocks(
-    kind: int, numbers: Array, factors: list[Array], number_bytes: int
-) -> tuple[int, Bytes]:
-    """Lay out numbers (rows, groups, n bytes) and factors (rows, groups) of one kind."""
-    tiled = _tiled(numbers)
-    tiles, _, groups, _ = tiled.shape
-    data = _empty(kind, tiles, groups)
-    data[..., :number_bytes].reshape(tiles, groups, -1, TILE)[...] = tiled.transpose(0, 2, 3, 1)
-    at = number_bytes
-    for factor in factors:
+def _pack_quantised(weight: Weight, rows: slice, start: int, stop: int) -> Packed:
+    block = KINDS[weight.kind]
+    packed = weight.packed(rows)
+    stored = packed.reshape(packed.shape[0], -1, block.block_bytes)
+    first, last = start // block.block_size, -(-stop // block.block_size)
+    parts = TAKE_APART[weight.kind](stored[:, first:last])
+    groups = slice(
+        (start - first * block.block_size) // GROUP, (stop - first * block.block_size) // GROUP
+    )
+    tiled = _tiled(parts.numbers[:, groups])
+    tiles, _, num_groups, size = tiled.shape
+    data = _empty(parts.kind, tiles, num_groups)
+    at = size * TILE
+    data[..., :at].reshape(tiles, num_groups, size, TILE)[...] = tiled.transpose(0, 2, 3, 1)
+    for factor in parts.factors:
+        tiled = _tiled(factor[:, groups, None])[..., 0]
         size = factor.dtype.itemsize * TILE
-        tiled_factor = np.ascontiguousarray(_tiled(factor[..., None])[..., 0].transpose(0, 2, 1))
-        data[..., at : at + size] = tiled_factor.view(np.uint8)
+        by_group = np.ascontiguousarray(tiled.transpose(0, 2, 1))
+        data[..., at : at + size] = by_group.view(np.uint8)
         at += size
-    return kind, data
-
-
-def _half(stored: Bytes, at: int) -> npt.NDArray[np.float16]:
-    return np.ascontiguousarray(stored[..., at : at + 2]).view(np.float16)[..., 0]
-
-
-def _q4_1(stored: Bytes) -> tuple[int, Bytes]:
-    factors: list[Array] = [_half(stored, 0), _half(stored, 2)]
-    return _pack_blocks(layout.Q4H, stored[..., 4:], factors, layout.Q4_BYTES)
-
-
-def _q4_0(stored: Bytes) -> tuple[int, Bytes]:
-    """``d * (q - 8)`` is ``d * q - 8 * d``; float32 holds ``8 * d`` of any half exactly."""
-    scale = _half(stored, 0).astype(np.float32)
-    return _pack_blocks(layout.Q4S, stored[..., 2:], [scale, -8 * scale], layout.Q4_BYTES)
-
-
-def _q8_0(stored: Bytes) -> tuple[int, Bytes]:
-    return _pack_blocks(layout.Q8H, stored[..., 2:], [_half(stored, 0)], layout.Q8_BYTES)
-
-
-_PACKERS: dict[str, Callable[[Bytes], tuple[int, Bytes]]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q8_0": _q8_0,
-}
+    return Packed(parts.kind, data, packed.shape[0], stop - start)

@@ -282,11 +282,12 @@ _LOWEST, _HIGHEST = np.float32(-87), np.float32(88)
 
 @inner
 def exp(x: Any) -> Any:
-    """e to the power of each lane, within 2 units in the last place; 0 below -87, e**88 above 88.
+    """e to the power of each lane, within 2 units in the last place; 0 below -87, e**88 above 88,
+    NaN for NaN.
 
     Source: Cephes ``expf``.
     """
-    held = where_less(x, splat(_HIGHEST), x, splat(_HIGHEST))
+    held = where_less(splat(_HIGHEST), x, splat(_HIGHEST), x)  # NaN stays
     held = larger(held, splat(_LOWEST))
     n = nearest(mul(held, splat(_LOG2_E)))
     r = fma(n, splat(-_LN2_HIGH), held)
