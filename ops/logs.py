@@ -131,6 +131,7 @@ def configure(
         "huggingface_hub",
         "asyncio",
         "uvicorn",
+        "bridge.net_kernel",
     ):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     structlog.configure(

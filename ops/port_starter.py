@@ -10,6 +10,9 @@ from pathlib import Path
 from control.os_process import OsChild
 
 
+NUM_LOGS = 50  # one a port; a port of a live rank is always among the newest written
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PortStarter:
     """Starts ``python -m compute.port`` with its settings on standard input."""
@@ -20,6 +23,7 @@ class PortStarter:
     logs_dir: Path
 
     def __call__(self, port_id: str) -> OsChild:
+        _prune(self.logs_dir)
         host = self.control_node.partition("@")[2]
         line = json.dumps(
             {
@@ -38,3 +42,10 @@ class PortStarter:
 
     def __repr__(self) -> str:  # the cookie never reaches a log
         return f"PortStarter(of {self.control_node})"
+
+
+def _prune(logs_dir: Path) -> None:
+    """Delete the logs of ports that are long gone, all but the newest."""
+    found = sorted(logs_dir.glob("port-*.log"), key=lambda path: path.stat().st_mtime)
+    for path in found[:-NUM_LOGS]:
+        path.unlink(missing_ok=True)
