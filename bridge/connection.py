@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from typing import TYPE_CHECKING, Final, Protocol
 
+from bridge import tls
 from bridge.control_messages import Message, Tick
 from bridge.errors import DecodeError, HandshakeError, ProtocolError
 from bridge.handshake import SETUP_TIMEOUT_S, Acceptor, Established, Initiator
@@ -41,6 +43,7 @@ class Connection(asyncio.Protocol):
 
     Nothing that arrives before the handshake is done reaches a peer. What a slow peer does not
     read is kept up to ``max_outbound_bytes``, plus one message; then the link is dropped.
+    ``server_tls`` is for connections of others; one of our own comes with TLS done.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Connection(asyncio.Protocol):
         *,
         net_ticktime_s: float,
         max_outbound_bytes: int = MAX_OUTBOUND_BYTES,
+        server_tls: ssl.SSLContext | None = None,
     ) -> None:
         self.machine: Initiator | Acceptor  # set before the first byte
         self.peer_name = ""  # as claimed; proven once ``established``
@@ -57,6 +61,8 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._net_ticktime_s = net_ticktime_s
         self._max_outbound_bytes = max_outbound_bytes
+        self._server_tls = server_tls
+        self._securing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -80,7 +86,11 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(
             SETUP_TIMEOUT_S, self.abort, f"no handshake within {SETUP_TIMEOUT_S:g} s"
         )
-        self._write(self.machine.data_to_send())
+        if self._server_tls is not None:
+            transport.pause_reading()
+            self._securing = self._loop.create_task(self._secure(transport, self._server_tls))
+        else:
+            self._write(self.machine.data_to_send())
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the peer: of the handshake, then of messages."""
@@ -143,6 +153,22 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     # --- inside
+
+    async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        try:
+            secured, early = await tls.accept(transport, context, timeout_s=SETUP_TIMEOUT_S)
+        except OSError as exc:
+            self._why = self._why or f"no TLS handshake: {exc}"
+            self.connection_lost(exc)
+            return
+        self._transport = secured
+        secured.set_protocol(self)
+        if self._why:  # closed or aborted meanwhile
+            secured.abort()
+            return
+        self._write(self.machine.data_to_send())
+        if early:
+            self.data_received(early)
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and not self._transport.is_closing():

@@ -27,3 +27,7 @@ class EpmdError(BridgeError):
 
 class NameTaken(EpmdError):
     """EPMD already knows a live node of that name."""
+
+
+class TlsError(BridgeError):
+    """The files for TLS cannot be used; the text names file and reason."""

@@ -32,6 +32,7 @@ from bridge.handshake import (
 )
 from bridge.peer import Peer, Spawner
 from bridge.term import Atom
+from bridge.tls import CLOSE_TIMEOUT_S
 
 if TYPE_CHECKING:
     from bridge.node import Node
@@ -104,9 +105,7 @@ class NetKernel:
         if listen is None:
             return None
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            self._accepted, listen[0], listen[1], ssl=self._server_tls
-        )
+        self._server = await loop.create_server(self._accepted, listen[0], listen[1])
         host, port = self._server.sockets[0].getsockname()[:2]
         if self._epmd is not None:
             short_name = self._node.name.partition("@")[0]
@@ -226,8 +225,14 @@ class NetKernel:
                     self._local, name, still_pending=lambda: state.up is None
                 )
                 state.outgoing = connection
+                secure = self._client_tls is not None
                 await asyncio.get_running_loop().create_connection(
-                    lambda: connection, host, port, ssl=self._client_tls
+                    lambda: connection,
+                    host,
+                    port,
+                    ssl=self._client_tls,
+                    ssl_handshake_timeout=SETUP_TIMEOUT_S if secure else None,
+                    ssl_shutdown_timeout=CLOSE_TIMEOUT_S if secure else None,
                 )
         except (OSError, BridgeError, TimeoutError) as exc:
             state.outgoing = None
@@ -246,17 +251,18 @@ class NetKernel:
             raise HandshakeError(f"EPMD of {host} knows no node {short_name}")
         return host, entry.tcp_port
 
-    def _new_connection(self) -> Connection:
+    def _new_connection(self, server_tls: ssl.SSLContext | None = None) -> Connection:
         return Connection(
             self,
             net_ticktime_s=self._node.net_ticktime_s,
             max_outbound_bytes=self._max_outbound_bytes,
+            server_tls=server_tls,
         )
 
     # --- attempts of others
 
     def _accepted(self) -> Connection:
-        connection = self._new_connection()
+        connection = self._new_connection(self._server_tls)
         connection.machine = Acceptor(
             self._local, decide=lambda caller: self._decide(connection, caller)
         )
