@@ -200,8 +200,34 @@ def _six_rows(scaled: Any) -> Any:
     return six_rows
 
 
+def _two_rows(scaled: Any) -> Any:
+    """Adds one block's share to 2 rows of a tile: for small batches, and what is left of sixes."""
+
+    @inner
+    def two_rows(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
+        for half in range(2):
+            wh = w + half * 64
+            a0 = splat(ZERO)
+            a1 = splat(ZERO)
+            b0 = splat(ZERO)
+            b1 = splat(ZERO)
+            for j in range(16):
+                xj = x + j * 4
+                low = load(wh + j * 128)
+                high = load(wh + j * 128 + 2048)
+                a0 = fma(low, splat(load_one(xj)), a0)
+                a1 = fma(low, splat(load_one(xj + 128)), a1)
+                b0 = fma(high, splat(load_one(xj + 64)), b0)
+                b1 = fma(high, splat(load_one(xj + 192)), b1)
+            yh = y + half * 64
+            store(yh, scaled(block, half, a0, b0, load(yh), sums))
+            store(yh + 128, scaled(block, half, a1, b1, load(yh + 128), sums + 8))
+
+    return two_rows
+
+
 def _single_row(scaled: Any) -> Any:
-    """Adds one block's share to a row that is left over from the sixes."""
+    """Adds one block's share to a row that is left over."""
 
     @inner
     def single_row(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
@@ -226,7 +252,8 @@ def _tile_product(kind: int, numbers: Any) -> Any:
     """The kernel of one kind: the 32 outputs of a tile, for any number of rows."""
     scaled = _scaling(kind)
     one_row = _row_product(kind, numbers, scaled)
-    unpack, six_rows, single_row = _unpack(numbers), _six_rows(scaled), _single_row(scaled)
+    unpack, six_rows = _unpack(numbers), _six_rows(scaled)
+    two_rows, single_row = _two_rows(scaled), _single_row(scaled)
     block_bytes, is_float = BLOCK_BYTES[kind], kind == F32
 
     @inner
@@ -264,10 +291,13 @@ def _tile_product(kind: int, numbers: Any) -> Any:
                     at = g * rows + row
                     six_rows(block, w, x + at * 128, sums + at * 8, y + row * 128)
                     row += 6
-                while row < stop:
+                while row + 2 <= stop:
+                    at = g * rows + row
+                    two_rows(block, w, x + at * 128, sums + at * 8, y + row * 128)
+                    row += 2
+                if row < stop:
                     at = g * rows + row
                     single_row(block, w, x + at * 128, sums + at * 8, y + row * 128)
-                    row += 1
 
     return product
 

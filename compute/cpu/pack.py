@@ -17,6 +17,7 @@ from models.quant import KINDS
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 ALL = slice(None)
+SLAB_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +51,9 @@ class Packed:
         return self.data.ctypes.data
 
 
-def pack(weight: Weight, rows: slice = ALL, columns: slice = ALL) -> Packed:
+def pack(
+    weight: Weight, rows: slice = ALL, columns: slice = ALL, *, arena: Arena | None = None
+) -> Packed:
     """Pack a part of a matrix.
 
     Args:
@@ -58,15 +61,17 @@ def pack(weight: Weight, rows: slice = ALL, columns: slice = ALL) -> Packed:
         rows: outputs to keep.
         columns: inputs to keep. A quantised weight stays quantised if both ends are multiples of
             32; else it becomes float32, which takes more memory and holds the same numbers.
+        arena: where to lay it; one of its own by default.
     """
+    arena = arena or Arena()
     num_rows, num_columns = len(range(*rows.indices(weight.shape[0]))), weight.shape[1]
     start, stop, _ = columns.indices(num_columns)
     if weight.kind in TAKE_APART and start % GROUP == 0 and stop % GROUP == 0:
-        return _pack_quantised(weight, rows, start, stop)
+        return _pack_quantised(arena, weight, rows, start, stop)
     kind, values = _dense(weight, rows, columns)
     wide = np.zeros((padded(num_rows), padded(stop - start)), dtype=values.dtype)
     wide[:num_rows, : stop - start] = values
-    data = _empty(kind, wide.shape[0] // TILE, wide.shape[1] // GROUP)
+    data = _empty(arena, kind, wide.shape[0] // TILE, wide.shape[1] // GROUP)
     view = data.view(values.dtype).reshape(*data.shape[:2], GROUP, TILE)
     tiled = wide.reshape(data.shape[0], TILE, data.shape[1], GROUP)
     view[...] = tiled.transpose(0, 2, 3, 1)
@@ -88,11 +93,29 @@ def _dense(weight: Weight, rows: slice, columns: slice) -> tuple[int, Array]:
     return layout.F32, weight.dequantize(rows, columns)
 
 
-def _empty(kind: int, tiles: int, groups: int) -> Bytes:
-    size = tiles * groups * layout.BLOCK_BYTES[kind]
-    room = np.empty(size + 64, dtype=np.uint8)
-    skip = -room.ctypes.data % 64
-    return room[skip : skip + size].reshape(tiles, groups, layout.BLOCK_BYTES[kind])
+class Arena:
+    """Room for matrices in slabs large enough for the system's huge pages.
+
+    A step reads every weight once; with 4 KiB pages it would spend its time looking up addresses.
+    """
+
+    def __init__(self) -> None:
+        self._slab = np.empty(0, dtype=np.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> Bytes:
+        """Uninitialised uint8 (size,) on a 64-byte boundary; lives as long as it is used."""
+        if self._used + size > self._slab.size:
+            self._slab = np.empty(max(SLAB_BYTES, size + 64), dtype=np.uint8)
+            self._used = -self._slab.ctypes.data % 64
+        start = self._used
+        self._used += -(-size // 64) * 64
+        return self._slab[start : start + size]
+
+
+def _empty(arena: Arena, kind: int, tiles: int, groups: int) -> Bytes:
+    block_bytes = layout.BLOCK_BYTES[kind]
+    return arena.take(tiles * groups * block_bytes).reshape(tiles, groups, block_bytes)
 
 
 def _tiled(stored: Array) -> Array:
@@ -103,7 +126,7 @@ def _tiled(stored: Array) -> Array:
     return stored.reshape(-1, TILE, *stored.shape[1:])
 
 
-def _pack_quantised(weight: Weight, rows: slice, start: int, stop: int) -> Packed:
+def _pack_quantised(arena: Arena, weight: Weight, rows: slice, start: int, stop: int) -> Packed:
     block = KINDS[weight.kind]
     packed = weight.packed(rows)
     stored = packed.reshape(packed.shape[0], -1, block.block_bytes)
@@ -114,7 +137,7 @@ def _pack_quantised(weight: Weight, rows: slice, start: int, stop: int) -> Packe
     )
     tiled = _tiled(parts.numbers[:, groups])
     tiles, _, num_groups, size = tiled.shape
-    data = _empty(parts.kind, tiles, num_groups)
+    data = _empty(arena, parts.kind, tiles, num_groups)
     at = size * TILE
     data[..., :at].reshape(tiles, num_groups, size, TILE)[...] = tiled.transpose(0, 2, 3, 1)
     for factor in parts.factors:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from compute.cpu import tables as t
 from compute.cpu.matmul import tile_function
-from compute.cpu.pack import ALL, Packed, pack, vector
+from compute.cpu.pack import ALL, Arena, Packed, pack, vector
 from compute.shard import Shard
 from models.checkpoint import Checkpoint
 from models.errors import UnsupportedModel
@@ -97,6 +97,7 @@ class _Loader:
         self._checkpoint, self._spec, self._shard = checkpoint, checkpoint.spec, shard
         self._weights, self._on_progress = weights, on_progress
         self._names = frozenset(checkpoint.names())
+        self._arena = Arena()
         self._done_bytes = 0
         self._total_bytes = sum(checkpoint.tensor(name).size_bytes for name in self._names)
 
@@ -160,7 +161,7 @@ class _Loader:
 
     def _matrix(self, name: str, rows: slice, columns: slice) -> tuple[int, ...]:
         weight = self._checkpoint.tensor(f"{name}.weight")
-        packed = pack(weight, rows, columns)
+        packed = pack(weight, rows, columns, arena=self._arena)
         self._weights.packed.append(packed)
         self._step(weight.size_bytes)
         bias = 0
