@@ -129,6 +129,18 @@ async def running_instances(me: Process) -> list[Any]:
     return found
 
 
+async def is_supervisor_up(me: Process) -> bool:
+    """Whether ``instance_sup`` goes on; False when it is ending or has ended.
+
+    An ending supervisor answers nothing until it is gone, so the call finds out either way.
+    """
+    try:
+        await _which_children(me)
+    except gen_server.CallError:
+        return False
+    return True
+
+
 async def _which_children(me: Process) -> list[tuple[Any, Term, Term, Term]]:
     answer = await gen_server.call(
         me, Atom("instance_sup"), Atom("which_children"), timeout_s=START_S

@@ -23,6 +23,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bridge.text import text_of
 from control import bring_up
 from control.desired import BadOption, Desired, LoadOptions, Wanted, read_desired, write_desired
 from control.errors import ControlError, NotReady, UnknownModel
+from control.events import publish
 from control.instance import History, InstanceSpec, describe_spec
 from control.rank import RankLimits
 
@@ -179,6 +181,8 @@ class Scheduler(GenServer):
                     self.records[id_].group = self.me.monitor(group)
             case ("failed", str(id_), kind, text):
                 self._on_failed(id_, str(kind), text_of(text))
+            case ("group_down", str(id_), bool(alone), reason):
+                self._on_group_judged(id_, alone, reason)
             case ("stopped", str(id_)):
                 self._on_stopped(id_)
             case ("running", list(found)):
@@ -204,6 +208,7 @@ class Scheduler(GenServer):
     def _begin(self, id_: str, resolved: Resolved, ref: str, options: LoadOptions) -> Record:
         record = Record(id_, resolved.id, Wanted(id_, ref, options))
         self.records[id_] = record
+        self._change(record, "pulling")
         plan = bring_up.Plan(
             id=id_,
             model=resolved.id,
@@ -235,7 +240,7 @@ class Scheduler(GenServer):
         if record is None:
             return
         record.spec = spec
-        record.state = "loading"
+        self._change(record, "loading")
         self._answer_load(record, (Atom("ok"), id_))
 
     def _on_failed(self, id_: str, kind: str, text: str) -> None:
@@ -249,6 +254,21 @@ class Scheduler(GenServer):
         else:
             self._fail(record, text)
         self._serve_waiting()
+
+    def _change(self, record: Record, state: str, text: str = "") -> None:
+        """A new state, and word of it to whoever listens."""
+        record.state, record.text = state, text
+        publish(
+            self.me,
+            "instance",
+            {
+                Atom("id"): record.id,
+                Atom("model"): record.model,
+                Atom("state"): Atom(state),
+                Atom("epoch"): record.epoch,
+                Atom("reason"): text,
+            },
+        )
 
     def _answer_load(self, record: Record, answer: Term) -> None:
         if record.reply_to is not None:
@@ -265,24 +285,50 @@ class Scheduler(GenServer):
         if state == "failed":
             self._fail(record, text)
         else:
-            record.state, record.text = state, text
+            self._change(record, state, text)
         self._serve_waiting()
 
     def _on_group_down(self, monitor: Ref, reason: Term) -> None:
         for record in list(self.records.values()):
             if record.group == monitor:
-                record.group = None
+                record.group = record.coordinator = None
                 if record.state not in ("draining", "failed") and not self._stopping:
-                    last = record.history.last_error or f"its supervisor ended with {reason!r}"
-                    self._fail(
-                        record,
-                        f"restart budget spent after {record.epoch} epochs; last error: {last}",
+                    record.state = "recovering"
+                    self.me.spawn(
+                        partial(self._find_out, record.id, reason), link=True, label="why down"
                     )
+
+    async def _find_out(self, id_: str, reason: Term, me: Process) -> None:
+        """Whether a group ended alone, its budget spent, or went down with ``instance_sup``."""
+        alone = await bring_up.is_supervisor_up(me)
+        me.send(self.me.pid, (Atom("group_down"), id_, alone, reason))
+
+    def _on_group_judged(self, id_: str, alone: bool, reason: Term) -> None:
+        record = self.records.get(id_)
+        if record is None or record.state in ("draining", "failed") or self._stopping:
+            return
+        if alone:
+            last = record.history.last_error or f"its supervisor ended with {reason!r}"
+            text = f"restart budget spent after {record.epoch} epochs; last error: {last}"
+            self._fail(record, text)
+        else:
+            log.warning("instance %s went down with instance_sup; it starts again", id_)
+            self._begin_again(record)
         self._serve_waiting()
+
+    def _begin_again(self, record: Record) -> None:
+        wanted = record.wanted
+        try:
+            resolved = self._resolve(wanted.model)
+        except ControlError as exc:
+            self._fail(record, str(exc))
+        else:
+            self._begin(record.id, resolved, wanted.model, wanted.options)
 
     def _fail(self, record: Record, text: str) -> None:
         log.error("instance %s failed: %s", record.id, text)
-        record.state, record.text, record.coordinator = "failed", text, None
+        record.coordinator = None
+        self._change(record, "failed", text)
         if record.group is not None or record.spec is not None:
             self.me.spawn(
                 lambda me: bring_up.take_down(me, record.id, None, 0.0, self.me.pid),
@@ -309,7 +355,8 @@ class Scheduler(GenServer):
             self._answer_load(record, (Atom("error"), Atom("unloaded"), f"{id_} was unloaded"))
         if record.worker is not None:
             self.me.exit(record.worker, Atom("kill"))
-        record.state, record.reply_to = "draining", from_
+        record.reply_to = from_
+        self._change(record, "draining")
         coordinator = record.coordinator
         record.worker = self.me.spawn(
             lambda me: bring_up.take_down(me, id_, coordinator, DRAIN_S, self.me.pid),
@@ -323,6 +370,7 @@ class Scheduler(GenServer):
         record = self.records.get(id_)
         if record is not None and record.state == "draining":
             del self.records[id_]
+            self._change(record, "unloaded")
             self._answer_load(record, Atom("ok"))
         self._serve_waiting()
 
@@ -399,13 +447,8 @@ class Scheduler(GenServer):
             self.me.send(Atom(spec.id), Atom("announce"))
         for wanted in self.desired.wanted:
             if wanted.id not in self.records:
-                try:
-                    resolved = self._resolve(wanted.model)
-                except ControlError as exc:
-                    record = Record(wanted.id, wanted.model, wanted, state="failed", text=str(exc))
-                    self.records[wanted.id] = record
-                    continue
-                self._begin(wanted.id, resolved, wanted.model, wanted.options)
+                self.records[wanted.id] = Record(wanted.id, wanted.model, wanted)
+                self._begin_again(self.records[wanted.id])
         self._serve_waiting()
 
     def _save(self, desired: Desired) -> None:

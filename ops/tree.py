@@ -84,8 +84,7 @@ def root_sup(p: Parts) -> SupSpec:
             _server("model_store", partial(ModelStoreServer, p.store)),
             _server("ports", partial(_ports, p), shutdown_s=15.0),
             _supervisor("instance_sup", SupSpec(strategy=Strategy.ONE_FOR_ONE)),
-            _server("cluster", partial(Cluster, p.api, stop=p.stop)),
-            _server("gateway", partial(_gateway, p), shutdown_s=p.drain_s + 5.0),
+            _supervisor("surface_sup", surface_sup(p)),
         ),
     )
 
@@ -106,6 +105,19 @@ def cluster_sup(p: Parts) -> SupSpec:
                 partial(Election, p.state_dir / "epoch", candidate="coordinator" in p.roles),
             ),
             _server("scheduler", partial(_scheduler, p)),
+        ),
+    )
+
+
+def surface_sup(p: Parts) -> SupSpec:
+    """What people and programs talk to."""
+    return SupSpec(
+        strategy=Strategy.ONE_FOR_ONE,
+        intensity=5,
+        period_s=30,
+        children=(
+            _server("cluster", partial(Cluster, p.api, stop=p.stop)),
+            _server("gateway", partial(_gateway, p), shutdown_s=p.drain_s + 5.0),
         ),
     )
 

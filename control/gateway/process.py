@@ -67,7 +67,11 @@ class GatewayServer(GenServer):
                 await super().handle_info(message)
 
     async def _watch(self, me: Process) -> None:
-        await self._server.wait()
+        """Die with the server, and take it along when this process is killed."""
+        try:
+            await self._server.wait()
+        finally:
+            self._server.abort()
 
     async def terminate(self, reason: Term) -> None:
         await self._server.stop(self._drain_s)

@@ -106,6 +106,17 @@ class HttpServer:
             if connection.transport is not None:
                 connection.transport.abort()
 
+    def abort(self) -> None:
+        """Close everything at once: the owner died and cannot drain."""
+        if self._server is None or self._task is None:
+            return
+        self._task.cancel()
+        for server in getattr(self._server, "servers", ()):
+            server.close()
+        for connection in list(self._server.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
 
 async def _listen(host: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
