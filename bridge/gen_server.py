@@ -46,12 +46,14 @@ __all__ = [
     "reply",
     "start",
     "start_link",
+    "sys_call",
 ]
 
 _log: Final = logging.getLogger("bridge.gen_server")
 
 _CALL: Final = Atom("$gen_call")
 _CAST: Final = Atom("$gen_cast")
+_SYSTEM: Final = Atom("system")
 _ALIAS: Final = (Atom("alias"),)
 
 
@@ -250,8 +252,18 @@ async def _handle_call(server: GenServer, from_: Term, request: Term) -> None:
         reply(server.me, from_, answer)
 
 
-async def call(me: Process, dest: Dest, request: Term, *, timeout_s: float | None = 5.0) -> Term:
+async def call(
+    me: Process,
+    dest: Dest,
+    request: Term,
+    *,
+    timeout_s: float | None = 5.0,
+    kind: Atom = _CALL,
+) -> Term:
     """Ask a server, near or far, and wait for its reply.
+
+    Args:
+        kind: the first element of the message that asks.
 
     Raises:
         CallTimeout: no reply within ``timeout_s`` (None waits for ever); a late one vanishes.
@@ -264,7 +276,7 @@ async def call(me: Process, dest: Dest, request: Term, *, timeout_s: float | Non
     skip = me.mailbox_length  # what is here already cannot be the answer
     assert not isinstance(dest, Ref), "calls go to pids and names: an alias cannot be monitored"
     ref = me.monitor(dest, alias="reply_demonitor")
-    me.send(dest, (_CALL, (me.pid, ImproperList(_ALIAS, ref)), request))
+    me.send(dest, (kind, (me.pid, ImproperList(_ALIAS, ref)), request))
 
     def match(message: Term) -> tuple[bool, Any] | None:
         if type(message) is not tuple:
@@ -294,6 +306,11 @@ async def call(me: Process, dest: Dest, request: Term, *, timeout_s: float | Non
         where = dest.node if isinstance(dest, Pid) else dest[1]
         raise NodeDown((Atom("nodedown"), Atom(where)), dest, request, timeout_s)
     raise CallExit(value, dest, request, timeout_s)
+
+
+async def sys_call(me: Process, dest: Dest, request: Term, *, timeout_s: float = 5.0) -> Term:
+    """What the functions of OTP's ``sys`` ask, such as ``get_state``. Raises as ``call``."""
+    return await call(me, dest, request, timeout_s=timeout_s, kind=_SYSTEM)
 
 
 async def node_call(

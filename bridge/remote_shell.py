@@ -55,10 +55,10 @@ def install(node: Node, commands: Commands, *, help_text: str, version: str) -> 
         commands: what can be called without a module; ``node/0``, ``nodes/0``, ``self/0``,
             ``help/0`` and ``q/0`` are there anyhow. Functions of ``node.functions`` can be
             called with their module.
-        help_text: shown by ``help()``, before a line on each of the above.
+        help_text: shown by ``help()``, before a line on each of the above that is not replaced.
         version: shown when the shell opens.
     """
-    all_commands = {**_builtins(help_text), **commands}
+    all_commands = {**_builtins(help_text, commands), **commands}
 
     async def start(me: Process) -> Term:
         leader = me.group_leader
@@ -111,7 +111,7 @@ def install(node: Node, commands: Commands, *, help_text: str, version: str) -> 
     )
 
 
-def _builtins(help_text: str) -> Commands:
+def _builtins(help_text: str, replaced: Commands) -> Commands:
     async def own_node(me: Process) -> Term:
         return me.node.name
 
@@ -122,12 +122,13 @@ def _builtins(help_text: str) -> Commands:
         return me.pid
 
     async def show_help(me: Process) -> Term:
-        lines = (
-            "node().    this node's name",
-            "nodes().   the nodes it is connected to",
-            "self().    the process that evaluates",
-            "q().       leave this shell; the node goes on",
-        )
+        texts = {
+            "node": "this node's name",
+            "nodes": "the nodes it is connected to",
+            "self": "the process that evaluates",
+            "q": "leave this shell; the node goes on",
+        }
+        lines = [f"{n}().".ljust(26) + t for n, t in texts.items() if (n, 0) not in replaced]
         return Printed("\n".join((help_text.rstrip(), *lines)).lstrip() + "\n")
 
     async def leave(me: Process) -> Term:

@@ -13,31 +13,34 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from bridge import gen_server
 from bridge.epmd import Epmd
-from bridge.errors import EpmdError
+from bridge.errors import EpmdError, TlsError
 from bridge.node import Node
 from bridge.process import Process
 from bridge.process_errors import StartError
 from bridge.term import Atom, Pid, Term
-from ops import logs
+from bridge.tls import TlsFiles
+from ops import erlang_shell, logs
 from ops.config import Config, load
 from ops.errors import OpsError
 from ops.heart_client import HeartClient
 from ops.home import Home, RunInfo, open_home, write_atomically
+from ops.loop_guard import CRASHED, guard_loop
 from ops.node_parts import make_parts
 from ops.start_models import StartFailed, bring_up_models
 from ops.start_settings import StartSettings
+from ops.tls_files import prepare
 from ops.tree import Parts, start_tree
 
 log = logging.getLogger("ops.node")
 
 STOPPED, REFUSED, BAD_CONFIGURATION = 0, 1, 2
-CRASHED = 70
 TREE_STOP_S = 90.0
 
 
@@ -73,22 +76,26 @@ def _run_in_home(settings: StartSettings) -> int:
 async def _run(settings: StartSettings, config: Config, home: Home) -> int:
     heart = HeartClient.from_env()
     beat = asyncio.create_task(heart.beat())
-    node = Node(settings.node, home.cookie())
     host = settings.node.partition("@")[2]
     try:
+        tls = prepare(config.node.tls, home, host)
+        node = Node(settings.node, home.cookie(), tls=tls.contexts() if tls else None)
+        erlang_shell.install(node)
         await node.start(
             listen=(host, config.node.dist_port), epmd=Epmd(tcp_port=settings.epmd_port)
         )
-    except (OSError, EpmdError) as exc:
+    except (OSError, EpmdError, TlsError) as exc:
         return _say(exc, BAD_CONFIGURATION)
     stopping = _StopRequest()
     stopping.on_signals()
-    parts = make_parts(node, settings, config, home, stop=stopping.ask)
+    parts = make_parts(node, settings, config, home, tls, stop=stopping.ask)
+    watch = guard_loop()
     try:
         with node.open_process(label="node main") as me:
             me.trap_exit = True
-            status = await _serve(me, parts, settings, home, heart, stopping)
+            status = await _serve(me, parts, settings, home, tls, heart, stopping)
     finally:
+        watch.stop()
         beat.cancel()
         heart.close()
         home.remove_run()
@@ -101,6 +108,7 @@ async def _serve(
     parts: Parts,
     settings: StartSettings,
     home: Home,
+    tls: TlsFiles | None,
     heart: HeartClient,
     stopping: _StopRequest,
 ) -> int:
@@ -116,6 +124,7 @@ async def _serve(
             url=parts.address.url,
             dist_port=me.node.address[1],
             epmd_port=settings.epmd_port,
+            tls=asdict(tls) if tls else None,
         )
     )
     models = asyncio.create_task(
