@@ -46,7 +46,8 @@ def main() -> None:
 
 
 async def _run(settings: PortSettings) -> int:
-    node = Node(settings.node, settings.cookie, hidden=True)
+    tls = settings.tls.contexts() if settings.tls else None
+    node = Node(settings.node, settings.cookie, hidden=True, tls=tls)
     await node.start(listen=None, epmd=Epmd(tcp_port=settings.epmd_port, bring=False))
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

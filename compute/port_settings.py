@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import IO
 
+from bridge.tls import TlsFiles
+
 MAX_LINE_BYTES = 65536
 
 
@@ -22,6 +24,7 @@ class PortSettings:
         node: distribution name of this port, ``NAME@HOST``; hidden.
         control_node: distribution name of the owner.
         epmd_port: where EPMD tells the owner's address, now and after it was restarted.
+        tls: paths of the certificates where the distribution is over TLS.
         orphan_s: seconds without an owner after which the port ends itself.
         beat_s: seconds between two beats.
     """
@@ -31,6 +34,7 @@ class PortSettings:
     control_node: str
     cookie: str
     epmd_port: int
+    tls: TlsFiles | None = None
     orphan_s: float = 8.0
     beat_s: float = 0.25
 
@@ -46,8 +50,10 @@ class PortSettings:
         """
         line = stream.readline(MAX_LINE_BYTES)
         try:
-            return PortSettings(**json.loads(line))
-        except (ValueError, TypeError) as exc:
+            data = json.loads(line)
+            tls = data.pop("tls", None)
+            return PortSettings(**data, tls=TlsFiles(**tls) if tls else None)
+        except (ValueError, TypeError, AttributeError) as exc:
             raise ValueError(
                 f"a port reads one line of JSON with its settings from standard input, "
                 f"got {len(line)} bytes it could not use ({type(exc).__name__}); "

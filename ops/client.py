@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from bridge import epmd, gen_server
-from bridge.errors import BridgeError, EncodeError, EpmdError
+from bridge.errors import BridgeError, EncodeError, EpmdError, TlsError
 from bridge.flags import HIDDEN_NODE
 from bridge.handshake import Initiator, Local
 from bridge.handshake_io import perform
@@ -19,8 +20,10 @@ from bridge.node import Node
 from bridge.process import Process
 from bridge.term import Atom, Term
 from bridge.text import text_of
+from bridge.tls import TlsFiles
 from ops.errors import BadUsage, NoNode, Refused
 from ops.home import Home, RunInfo
+from ops.tls_files import files_for_client
 
 T = TypeVar("T")
 
@@ -46,11 +49,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A node that should be there. ``run`` is known where it runs on the home."""
+    """A node that should be there. ``run`` is known where it runs on the home.
+
+    ``tls`` is there where the nodes of the home speak TLS, and so does whoever connects.
+    """
 
     name: str
     address: tuple[str, int]
     run: RunInfo | None
+    tls: TlsFiles | None = None
 
 
 class ClusterClient:
@@ -116,7 +123,8 @@ async def connect(target: Target) -> AsyncIterator[ClusterClient]:
     """
     cookie = _cookie(target.home)
     found = await find(target)
-    node = Node(f"ctl_{secrets.token_hex(6)}@127.0.0.1", cookie, hidden=True)
+    contexts = _contexts(found.tls)
+    node = Node(f"ctl_{secrets.token_hex(6)}@127.0.0.1", cookie, hidden=True, tls=contexts)
     await node.start(listen=None, epmd=None)
     try:
         if not await node.connect(found.name, address=found.address, timeout_s=CONNECT_S):
@@ -144,8 +152,9 @@ def ask(target: Target, request: Term, *, timeout_s: float = CALL_S) -> Term:
 async def find(target: Target) -> Found:
     """Where the node listens: from the run file, else from EPMD. Raises NoNode, BadUsage."""
     home, info = target.home, target.home.read_run()
+    tls = files_for_client(home, info)
     if info is not None and target.node in (None, info.node):
-        return Found(info.node, (_host(info.node), info.dist_port), info)
+        return Found(info.node, (_host(info.node), info.dist_port), info, tls)
     if target.node is None:
         what = "is there, but its process is gone" if home.run_file.exists() else "is not there"
         raise NoNode(
@@ -166,7 +175,7 @@ async def find(target: Target) -> Found:
     if entry is None:
         seen = ", ".join(f"{name}@{host}" for name in known) or "none"
         raise NoNode(f"no node {target.node}: EPMD of {host} knows these: {seen}.")
-    return Found(target.node, (host, entry.tcp_port), None)
+    return Found(target.node, (host, entry.tcp_port), None, tls)
 
 
 def _cookie(home: Home) -> str:
@@ -180,6 +189,13 @@ def _cookie(home: Home) -> str:
     )
 
 
+def _contexts(tls: TlsFiles | None) -> tuple[ssl.SSLContext, ssl.SSLContext] | None:
+    try:
+        return tls.contexts() if tls is not None else None
+    except TlsError as exc:
+        raise NoNode(f"the node speaks TLS, and its files cannot be used: {exc}") from exc
+
+
 def _host(node: str) -> str:
     return node.partition("@")[2]
 
@@ -189,15 +205,19 @@ async def _why_not(own_name: str, cookie: str, found: Found, home: Home) -> str:
     host, port = found.address
     where = f"node {found.name} at {host}:{port}"
     again = "" if found.run is None else f" Process {found.run.os_pid} still runs; see its log."
+    contexts = _contexts(found.tls)
+    client, length_bytes = (contexts[1], 4) if contexts else (None, 2)
     try:
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=client)
             try:
-                local = Local(Atom(own_name), cookie, 4, HIDDEN_NODE)
+                local = Local(Atom(own_name), cookie, 4, HIDDEN_NODE, length_bytes)
                 machine = Initiator(local, found.name)
                 await perform(machine, reader, writer, timeout_s=CONNECT_S)
             finally:
                 writer.close()
+    except ssl.SSLError as exc:
+        return f"{where} refuses the certificate of {home.root}, or speaks no TLS: {exc}.{again}"
     except TimeoutError:
         return f"{where} is silent for {CONNECT_S:g} s.{again}"
     except OSError as exc:

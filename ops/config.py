@@ -82,6 +82,7 @@ Hostname = Annotated[str, StringConstraints(pattern=rf"^{LABEL}(\.{LABEL})*$", m
 Address = Annotated[str, AfterValidator(_address)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 TcpPort = Annotated[int, Field(ge=0, le=65535)]
+PlainPath = Annotated[Path, Field(strict=False)]  # text, also where a validator has run before
 Names = Annotated[tuple[str, ...], AfterValidator(_unique)]
 
 
@@ -128,6 +129,34 @@ class Network(Section):
         return self
 
 
+class Tls(Section):
+    """Certificates for the distribution: all three files, or none to have them made."""
+
+    ca: PlainPath | None = None
+    certificate: PlainPath | None = None
+    key: PlainPath | None = None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        given = [name for name in Tls.model_fields if getattr(self, name) is not None]
+        missing = [name for name in Tls.model_fields if name not in given]
+        if given and missing:
+            raise PydanticCustomError(
+                "tls",
+                "{missing} is missing: ca, certificate and key belong together; "
+                "tls: true makes them",
+                {"missing": " and ".join(missing), "at": given[0]},
+            )
+        return self
+
+
+def _switch(value: object) -> object:
+    """``true`` is the section with its defaults, ``false`` is none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
+
+
 class Node(Section):
     """The Erlang side of this machine."""
 
@@ -136,6 +165,7 @@ class Node(Section):
     )
     epmd_port: int = Field(default=4369, ge=1, le=65535)
     dist_port: TcpPort = 0
+    tls: Annotated[Tls | None, BeforeValidator(_switch)] = None
 
 
 class Http(Section):
@@ -258,7 +288,11 @@ def loads(text: str, name: str, folder: Path) -> Config:
             "cards": tuple(folder / card.expanduser() for card in models.cards),
         }
     )
-    return config.model_copy(update={"models": rooted})
+    node = config.node
+    if node.tls is not None:
+        paths = {name: path and folder / path.expanduser() for name, path in node.tls}
+        node = node.model_copy(update={"tls": node.tls.model_copy(update=paths)})
+    return config.model_copy(update={"models": rooted, "node": node})
 
 
 def _explain(document: Document, error: ErrorDetails) -> tuple[int, str, str]:
@@ -317,5 +351,5 @@ def _fields_at(path: tuple[str | int, ...]) -> list[str]:
     for part in path:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
-            section = Device if part == "devices" else annotation
+            section = {"devices": Device, "tls": Tls}.get(part, annotation)
     return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -33,6 +33,7 @@ class RunInfo:
         url: base of the HTTP endpoint; empty where none is open.
         dist_port: TCP port of the distribution listener.
         epmd_port: TCP port of the EPMD that knows the node.
+        tls: the paths of ``bridge.tls.TlsFiles`` where the node speaks TLS.
         os_pid: the control process; ``started_s`` is the system's start time of it
             (seconds since 1970), so that a reused pid is told apart.
     """
@@ -41,6 +42,7 @@ class RunInfo:
     url: str
     dist_port: int
     epmd_port: int
+    tls: dict[str, str] | None = None
     os_pid: int = field(default_factory=os.getpid)
     started_s: float = field(default_factory=lambda: psutil.Process().create_time())
 

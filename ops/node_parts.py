@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from bridge.node import Node
+from bridge.tls import TlsFiles
 from control.cluster_api import ClusterApi
 from control.gateway.process import BoundAddress
 from control.machine import Limits, read_machine
@@ -30,6 +31,7 @@ def make_parts(
     settings: StartSettings,
     config: Config,
     home: Home,
+    tls: TlsFiles | None,
     *,
     stop: Callable[[bool], None],
 ) -> Parts:
@@ -52,6 +54,7 @@ def make_parts(
             cookie=home.cookie(),
             epmd_port=settings.epmd_port,
             logs_dir=home.logs_dir,
+            tls=tls,
         ),
         stop=stop,
         state_dir=home.state_dir,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bridge.tls import TlsFiles
 from control.os_process import OsChild
-
 
 NUM_LOGS = 50  # one a port; a port of a live rank is always among the newest written
 
@@ -21,6 +21,7 @@ class PortStarter:
     cookie: str
     epmd_port: int
     logs_dir: Path
+    tls: TlsFiles | None = None
 
     def __call__(self, port_id: str) -> OsChild:
         _prune(self.logs_dir)
@@ -32,6 +33,7 @@ class PortStarter:
                 "control_node": self.control_node,
                 "cookie": self.cookie,
                 "epmd_port": self.epmd_port,
+                "tls": asdict(self.tls) if self.tls else None,
             }
         )
         return OsChild.start(
