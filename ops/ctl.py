@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from ops import heart
-from ops.commands import bench, chat, cluster, models, start, stop
+from ops.commands import bench, chat, cluster, models, remsh, shell, start, stop
 from ops.commands.output import note
 from ops.errors import BadUsage, ConfigError, HomeError, NoNode, OpsError, Refused
 
@@ -42,6 +42,8 @@ app.command()(cluster.tree)
 app.command()(cluster.place)
 app.add_typer(models.app, name="model")
 app.command()(chat.chat)
+app.command()(shell.shell)
+app.command()(remsh.remsh)
 app.command()(bench.bench)
 
 

@@ -259,7 +259,7 @@ async def _interactive(client: ClusterClient, talk: Conversation, reader: Reader
 async def _turn(client: ClusterClient, talk: Conversation, line: str) -> None:
     """One question and its answer; Ctrl-C ends the answer and not the chat."""
     asking = asyncio.ensure_future(talk.ask(client, line, write))
-    with _on_interrupt(asking.cancel):
+    with on_interrupt(asking.cancel):
         await asyncio.wait([asking])
     write("\n")
     if asking.cancelled():
@@ -273,7 +273,7 @@ async def _turn(client: ClusterClient, talk: Conversation, line: str) -> None:
 
 
 @contextmanager
-def _on_interrupt(action: Callable[[], object]) -> Iterator[None]:
+def on_interrupt(action: Callable[[], object]) -> Iterator[None]:
     """Run ``action`` in the loop on Ctrl-C, instead of ending the program."""
     loop = asyncio.get_running_loop()
     before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(action))

