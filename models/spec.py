@@ -78,7 +78,18 @@ class ExpertSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
-    """Multi-head latent attention (DeepSeek V2 and V3): ranks and head parts."""
+    """Multi-head latent attention (DeepSeek V2 and V3): ranks and head parts.
+
+    A query head is ``nope_dim`` features without position, then ``rope_dim`` rotated ones; the
+    spec's ``head_dim`` is their sum. Keys and values of all heads come from one latent vector of
+    ``kv_rank`` features (``kv_b_proj``: per head ``nope_dim`` of a key, then ``v_dim`` of a value)
+    beside one rotated key part of ``rope_dim`` that all heads share. The rotated rows of
+    ``q_proj``, ``q_b_proj`` and ``kv_a_proj_with_mqa`` are read in halves (i pairs with
+    i + rope_dim / 2) like those of every other family, whatever order the file has.
+
+    Attributes:
+        q_rank: width of the query's own latent; None where queries are projected in one step.
+    """
 
     q_rank: int | None
     kv_rank: int
@@ -163,6 +174,7 @@ class ModelSpec:
             )
         if self.head_dim % 2 or self.rope.dim % 2 or not 0 < self.rope.dim <= self.head_dim:
             raise ValueError(f"head_dim {self.head_dim} or rope dim {self.rope.dim} cannot rotate")
+        self._check_parts()
         if len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
         if any(w is not None and w <= 0 for w in self.windows):
@@ -172,6 +184,29 @@ class ModelSpec:
             positive += (rope.theta, rope.factor, *rope.divisors)
         if not all(math.isfinite(x) and x > 0 for x in positive):
             raise ValueError("norm_eps, attention_scale and rope numbers must be positive")
+
+    def _check_parts(self) -> None:
+        experts, latent = self.experts, self.latent
+        if latent is not None:
+            sizes = (latent.q_rank or 1, latent.kv_rank, latent.nope_dim, latent.v_dim)
+            if min(sizes) <= 0 or latent.nope_dim + latent.rope_dim != self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} is not the sum of {latent}")
+            if self.rope.dim != latent.rope_dim or self.num_kv_heads != self.num_heads:
+                raise ValueError(f"{self.num_kv_heads} KV heads, rope {self.rope.dim}: {latent}")
+        if experts is not None:
+            groups = experts.num_groups
+            if not 0 < experts.num_active <= experts.num_experts or experts.ffn_size <= 0:
+                raise ValueError(f"impossible experts: {experts}")
+            if groups <= 0 or experts.num_experts % groups:
+                raise ValueError(f"{experts.num_experts} experts are no {groups} equal groups")
+            if not 0 < experts.num_active_groups <= groups:
+                raise ValueError(f"{experts.num_active_groups} active groups of {groups}")
+            if experts.num_active > experts.num_experts // groups * experts.num_active_groups:
+                raise ValueError(f"{experts.num_active} active experts do not fit their groups")
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer (0-based) has experts instead of a plain MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def rope_of(self, layer: int) -> RopeSpec:
         """Position embedding of one layer (0-based)."""
