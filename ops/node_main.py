@@ -42,6 +42,7 @@ log = logging.getLogger("ops.node")
 
 STOPPED, REFUSED, BAD_CONFIGURATION = 0, 1, 2
 TREE_STOP_S = 90.0
+DRAIN_GRACE_S = 3.0
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ async def _serve(
             try:
                 models.result()
             except StartFailed as exc:
-                await _end_tree(me, root)
+                await _end_tree(me, root, drain_s=0.0)
                 return _say(exc, REFUSED)
             heart.ready()
             print(f"ready: {settings.node} {parts.address.url}", flush=True)
@@ -150,7 +151,8 @@ async def _serve(
             return _say(f"the supervision tree ended: {ends[2].result()!r:.500}", CRASHED)
         if ends[1].done():
             log.warning("heart is gone; the node stops")
-        await _end_tree(me, root)
+        drain_s = 0.0 if stopping.now or ends[1].done() else parts.drain_s
+        await _end_tree(me, root, drain_s=drain_s)
         return STOPPED
     finally:
         for task in (models, *ends):
@@ -178,9 +180,17 @@ async def _ended(node: Node, root: Pid) -> Term:
         return await me.receive(lambda m: m[4] if m[:2] == ("DOWN", monitor) else None)
 
 
-async def _end_tree(me: Process, root: Pid) -> None:
-    """Stop everything in reverse order; OS children are gone afterwards."""
+async def _end_tree(me: Process, root: Pid, *, drain_s: float) -> None:
+    """Let running requests finish, then stop everything in reverse order.
+
+    OS children are gone afterwards.
+    """
     gen_server.cast(me, Atom("scheduler"), Atom("stopping"))
+    if drain_s:
+        with contextlib.suppress(gen_server.CallError):  # no gateway: nothing to finish
+            await gen_server.call(
+                me, Atom("gateway"), Atom("drain"), timeout_s=drain_s + DRAIN_GRACE_S
+            )
     me.exit(root, Atom("shutdown"))
     try:
         async with asyncio.timeout(TREE_STOP_S):

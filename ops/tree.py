@@ -117,7 +117,7 @@ def surface_sup(p: Parts) -> SupSpec:
         period_s=30,
         children=(
             _server("cluster", partial(Cluster, p.api, stop=p.stop)),
-            _server("gateway", partial(_gateway, p), shutdown_s=p.drain_s + 5.0),
+            _server("gateway", partial(_gateway, p)),
         ),
     )
 

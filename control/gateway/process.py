@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bridge.gen_server import GenServer, Stop
+from functools import partial
+
+from bridge import gen_server
+from bridge.gen_server import NOREPLY, GenServer, Stop
 from bridge.process import Process
 from bridge.term import Atom, Term
 from control.cluster_api import ClusterApi
@@ -10,13 +13,17 @@ from control.gateway.app import create_app
 from control.gateway.server import AddressUnavailable, HttpServer
 from control.gateway.settings import GatewaySettings
 
+LAST_WORDS_S = 0.5
+
 
 class GatewayServer(GenServer):
     """Serves HTTP while it lives.
 
     Args:
         address: host and port wanted; once bound, the port is kept over restarts.
-        drain_s: how long running requests may take when it ends.
+        drain_s: how long running requests may take after the call ``drain``, with which a node
+            stops in good order. A restart by the supervisor does not wait for them: what they
+            need is gone.
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class GatewayServer(GenServer):
         super().__init__()
         self.address = address
         self._drain_s = drain_s
+        self._draining = False
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes,
             open_timeout_s=open_timeout_s,
@@ -56,11 +64,17 @@ class GatewayServer(GenServer):
         match request:
             case "url":
                 return self.address.url
+            case "drain":
+                self._draining = True
+                self.me.spawn(partial(self._drain, from_), link=True, label="drain")
+                return NOREPLY
             case _:
                 return await super().handle_call(request, from_)
 
     async def handle_info(self, message: Term) -> None:
         match message:
+            case ("EXIT", _, _) if self._draining:
+                pass
             case ("EXIT", _, reason):
                 raise Stop((Atom("http_server_ended"), reason))
             case _:
@@ -73,8 +87,13 @@ class GatewayServer(GenServer):
         finally:
             self._server.abort()
 
-    async def terminate(self, reason: Term) -> None:
+    async def _drain(self, from_: Term, me: Process) -> None:
+        """Let running requests finish; the process ends with its server."""
         await self._server.stop(self._drain_s)
+        gen_server.reply(me, from_, Atom("ok"))
+
+    async def terminate(self, reason: Term) -> None:
+        await self._server.stop(LAST_WORDS_S)
 
 
 class BoundAddress:

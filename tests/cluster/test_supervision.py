@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -30,7 +31,7 @@ def pid_of(tree: Term, name: str) -> Pid | None:
     return next((p for c in tree.get("children", []) if (p := pid_of(c, name))), None)
 
 
-def on_node(node: LiveNode, body: Callable[[Process, str], Term]) -> Term:
+def on_node(node: LiveNode, body: Callable[[Process, str], Awaitable[Term]]) -> Term:
     """Run ``body(me, name)`` in a process of a hidden node that is connected to ``node``."""
 
     async def main() -> Term:
@@ -67,13 +68,13 @@ def answers(node: LiveNode) -> bool:
 def test_every_process_of_the_tree_may_be_killed(make_node: Callable[..., LiveNode]) -> None:
     node = make_node()
     for name in (*BELOW, *TOP):
-        old = on_node(node, lambda me, to, name=name: kill(me, to, name))  # type: ignore[misc]
+        old = on_node(node, partial(kill, name=name))
         wait_until(lambda: answers(node), 30, f"an answer after {name} was killed")
 
         async def find(me: Process, to: str, name: str = name) -> Pid | None:
             return pid_of(await gen_server.call(me, ("root_sup", to), Atom("tree")), name)
 
-        new = on_node(node, find)  # type: ignore[arg-type]
+        new = on_node(node, find)
         assert new is not None, name
         assert new != old, name
         wait_until(lambda: len(node.status()["instances"]) == 1, 10)
@@ -89,6 +90,6 @@ def test_the_brain_may_be_killed_without_a_stream_noticing(
     stream = Stream(node, max_tokens=120)
     wait_until(lambda: len(stream.pieces) > 5, 30)
     for name in ("scheduler", "election", "membership", "cluster"):
-        on_node(node, lambda me, to, name=name: kill(me, to, name))  # type: ignore[misc]
+        on_node(node, partial(kill, name=name))
     assert stream.result() == undisturbed
     assert node.instance()["epoch"] == 1
