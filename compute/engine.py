@@ -137,6 +137,8 @@ def load_engine(
     Raises:
         models.errors.CorruptModel: the file is damaged.
         models.errors.UnsupportedModel: an architecture or weight type no engine here runs.
+        models.errors.NoSuchModel: nothing there to open.
+        compute.errors.OutOfMemory: the system has no room for the cache.
         ValueError: a limit is not positive, the context is beyond the model's, or the device is
             unknown.
     """

@@ -6,8 +6,12 @@ order in which a sequence grows: a slot that is never filled costs address space
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
+
+from compute.errors import OutOfMemory
 
 Floats = npt.NDArray[np.float32]
 PAGE_TOKENS = 64
@@ -15,6 +19,8 @@ PAGE_TOKENS = 64
 
 class KvCache:
     """Float32 keys and values of some slots.
+
+    Raises OutOfMemory where the system does not even promise so much.
 
     Attributes:
         data: float32 (pages, layers, kv_heads, 2, 64 * head_dim); keys, then values.
@@ -33,7 +39,11 @@ class KvCache:
         self.pages_a_slot = -(-context_tokens // PAGE_TOKENS)
         num_pages = self.pages_a_slot * num_slots
         shape = (num_pages, num_layers, num_kv_heads, 2, PAGE_TOKENS * head_dim)
-        self.data: Floats = np.zeros(shape, dtype=np.float32)
+        try:
+            self.data: Floats = np.zeros(shape, dtype=np.float32)
+        except MemoryError as exc:
+            what = f"keys and values of {num_slots} slots of {context_tokens} tokens"
+            raise OutOfMemory(what, math.prod(shape) * 4) from exc
         self.page_numbers: npt.NDArray[np.int64] = np.arange(num_pages, dtype=np.int64).reshape(
             num_slots, self.pages_a_slot
         )

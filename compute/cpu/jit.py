@@ -57,6 +57,20 @@ def inner(function: F) -> F:
     return compiled
 
 
+def inner_of(kind: int) -> Callable[[F], F]:
+    """As :func:`inner`, for a function that a factory makes once for each kind of weights.
+
+    The kind becomes part of the name. Machine code from the cache is linked by name, and numba
+    only tells functions of one name apart within the process that compiled them.
+    """
+
+    def decorate(function: F) -> F:
+        function.__qualname__ = f"{function.__qualname__}_{kind}"
+        return inner(function)
+
+    return decorate
+
+
 def entry(function: F) -> F:
     """Compile a function that Python calls, without the interpreter lock, and keep the code."""
     compiled: F = numba.njit(cache=True, **_OPTIONS)(function)

@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from compute.cpu.jit import callback, inner
+from compute.cpu.jit import callback, inner, inner_of
 from compute.cpu.layout import (
     BF16,
     BLOCK_BYTES,
@@ -56,7 +56,7 @@ def _scaling(kind: int) -> Any:
     ``sums`` is the address of the two sums of the row's inputs, 16 each.
     """
 
-    @inner
+    @inner_of(kind)
     def four_bit(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         s = splat(load_one(sums) + load_one(sums + 4))
         if kind == Q4H:
@@ -65,18 +65,18 @@ def _scaling(kind: int) -> Any:
         at = block + Q4_BYTES + half * 64
         return fma(load(at + 128), s, fma(load(at), add(a, b), y))
 
-    @inner
+    @inner_of(kind)
     def eight_bit(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         return fma(load_half(block + Q8_BYTES + half * 32), add(a, b), y)
 
-    @inner
+    @inner_of(kind)
     def eight_bit_by_16(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         at = block + Q8_BYTES + half * 64
         y = fma(load(at + 128), b, fma(load(at), a, y))
         y = fma(load(at + 256), splat(load_one(sums)), y)
         return fma(load(at + 384), splat(load_one(sums + 4)), y)
 
-    @inner
+    @inner_of(kind)
     def unscaled(block: Any, half: Any, a: Any, b: Any, y: Any, sums: Any) -> Any:
         return add(add(a, b), y)
 
@@ -84,10 +84,10 @@ def _scaling(kind: int) -> Any:
     return special.get(kind, unscaled)
 
 
-def _numbers(element_bytes: int, read: Callable[[Any], Any]) -> Any:
+def _numbers(kind: int, element_bytes: int, read: Callable[[Any], Any]) -> Any:
     """Reader of 16 numbers of input j of a block, for kinds with a number an element."""
 
-    @inner
+    @inner_of(kind)
     def numbers(block: Any, j: Any, half: Any) -> Any:
         return read(block + (j * 32 + half * 16) * element_bytes)
 
@@ -107,7 +107,7 @@ def _row_product(kind: int, numbers: Any, scaled: Any) -> Any:
     block_bytes = BLOCK_BYTES[kind]
     lines = -(-step_bytes // 64)
 
-    @inner
+    @inner_of(kind)
     def product(tile: Any, groups: Any, x: Any, sums: Any, y: Any, y0: Any, y1: Any) -> None:
         for g in range(groups):
             block = tile + g * block_bytes
@@ -133,8 +133,8 @@ def _row_product(kind: int, numbers: Any, scaled: Any) -> Any:
     return product
 
 
-def _unpack(numbers: Any) -> Any:
-    @inner
+def _unpack(kind: int, numbers: Any) -> Any:
+    @inner_of(kind)
     def unpack(block: Any, out: Any) -> None:
         for j in range(16):
             store(out + j * 128, numbers(block, j, 0))
@@ -152,10 +152,10 @@ def _bias(bias: Any, tile: Any, half: Any) -> Any:
     return load(bias + tile * 128 + half * 64)
 
 
-def _six_rows(scaled: Any) -> Any:
+def _six_rows(kind: int, scaled: Any) -> Any:
     """Adds one block's share to 6 rows of a tile: 6 x 16 accumulators fit any register file."""
 
-    @inner
+    @inner_of(kind)
     def six_rows(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
         for half in range(2):
             wh = w + half * 64
@@ -200,10 +200,10 @@ def _six_rows(scaled: Any) -> Any:
     return six_rows
 
 
-def _two_rows(scaled: Any) -> Any:
+def _two_rows(kind: int, scaled: Any) -> Any:
     """Adds one block's share to 2 rows of a tile: for small batches, and what is left of sixes."""
 
-    @inner
+    @inner_of(kind)
     def two_rows(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
         for half in range(2):
             wh = w + half * 64
@@ -226,10 +226,10 @@ def _two_rows(scaled: Any) -> Any:
     return two_rows
 
 
-def _single_row(scaled: Any) -> Any:
+def _single_row(kind: int, scaled: Any) -> Any:
     """Adds one block's share to a row that is left over."""
 
-    @inner
+    @inner_of(kind)
     def single_row(block: Any, w: Any, x: Any, sums: Any, y: Any) -> None:
         a0 = splat(ZERO)
         a1 = splat(ZERO)
@@ -252,11 +252,11 @@ def _tile_product(kind: int, numbers: Any) -> Any:
     """The kernel of one kind: the 32 outputs of a tile, for any number of rows."""
     scaled = _scaling(kind)
     one_row = _row_product(kind, numbers, scaled)
-    unpack, six_rows = _unpack(numbers), _six_rows(scaled)
-    two_rows, single_row = _two_rows(scaled), _single_row(scaled)
+    unpack, six_rows = _unpack(kind, numbers), _six_rows(kind, scaled)
+    two_rows, single_row = _two_rows(kind, scaled), _single_row(kind, scaled)
     block_bytes, is_float = BLOCK_BYTES[kind], kind == F32
 
-    @inner
+    @inner_of(kind)
     def product(
         matrix: Any,
         bias: Any,
@@ -302,13 +302,13 @@ def _tile_product(kind: int, numbers: Any) -> Any:
     return product
 
 
-_f32 = _tile_product(F32, _numbers(4, load))
-_f16 = _tile_product(F16, _numbers(2, load_half))
-_bf16 = _tile_product(BF16, _numbers(2, load_bfloat))
+_f32 = _tile_product(F32, _numbers(F32, 4, load))
+_f16 = _tile_product(F16, _numbers(F16, 2, load_half))
+_bf16 = _tile_product(BF16, _numbers(BF16, 2, load_bfloat))
 _q4h = _tile_product(Q4H, _nibbles)
-_q8h = _tile_product(Q8H, _numbers(1, load_int8))
+_q8h = _tile_product(Q8H, _numbers(Q8H, 1, load_int8))
 _q4s = _tile_product(Q4S, _nibbles)
-_q8s = _tile_product(Q8S, _numbers(1, load_int8))
+_q8s = _tile_product(Q8S, _numbers(Q8S, 1, load_int8))
 
 
 # One function a kind, because the compiler's cache goes by name.

@@ -255,6 +255,14 @@ def test_loading_says_how_far_it_is_and_refuses_limits(folders: dict[str, Path])
         load_engine(folders["llama"], context_tokens=64, num_slots=1, threads=1, device="tpu")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_named(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"no device cuda:1: torch sees 0 CUDA devices"):
+        load_engine(folders["llama"], context_tokens=8, num_slots=1, threads=1, device="cuda:1")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", [*CASES, *STORED])

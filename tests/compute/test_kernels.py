@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,6 +145,23 @@ def test_quantised_weights_stay_small() -> None:
     assert sizes["Q4_K"] == sizes["Q4_0"] == 6.0
     assert sizes["Q6_K"] == sizes["Q2_K"] == 12.0
     assert sizes["BF16"] == sizes["F16"] == 16.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kernels_compiled_in_different_processes_live_together(tmp_path: Path) -> None:
+    """Cached machine code is linked by name: a kind must never call another kind's code."""
+    for kinds in (["Q4_1"], ["F32"], ["F32", "Q4_1"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.compute.kernel_process", *kinds],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.slow
