@@ -28,6 +28,7 @@ from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import supervisor
+from control.names import until_free
 from control.rank import Rank, RankLimits
 from control.spec import ChildSpec, ChildType, Restart, Strategy, SupSpec
 
@@ -263,12 +264,14 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
                     f"{history.epochs_without_progress} epochs of {spec.id} ended without a token",
                 )
             )
+        await until_free(me, rank_name(spec.id, rank))
         server = Rank(spec.id, rank, limits)
         return await gen_server.start_link(
             me, server, name=rank_name(spec.id, rank), timeout_s=limits.lease_s + 5
         )
 
     async def start_coordinator(me: Process) -> Pid:
+        await until_free(me, spec.id)
         return await gen_server.start_link(me, Coordinator(spec, history), name=Atom(spec.id))
 
     children = tuple(
@@ -289,6 +292,7 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
     )
 
     async def start_group(me: Process) -> Pid:
+        await until_free(me, f"{spec.id}_sup")
         return await supervisor.start_link(me, group, name=Atom(f"{spec.id}_sup"))
 
     return ChildSpec(

@@ -37,6 +37,7 @@ from control.machine import Limits, read_machine
 from control.membership import Membership
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
+from control.names import until_free
 from control.ports import Ports, StartPort
 from control.rank import RankLimits
 from control.scheduler import Resolved, Scheduler, Shape
@@ -169,6 +170,7 @@ def _server(
     """A permanent server registered as ``name``."""
 
     async def start(me: Process) -> Pid:
+        await until_free(me, name)
         return await gen_server.start_link(me, make(), name=name)
 
     return _child(name, start, ChildType.WORKER, shutdown_s)
@@ -178,6 +180,7 @@ def _supervisor(name: str, spec: SupSpec) -> ChildSpec:
     """A permanent supervisor registered as ``name``."""
 
     async def start(me: Process) -> Pid:
+        await until_free(me, name)
         return await supervisor.start_link(me, spec, name=name)
 
     return _child(name, start, ChildType.SUPERVISOR, None)
