@@ -41,7 +41,7 @@ class KvCache:
         shape = (num_pages, num_layers, num_kv_heads, 2, PAGE_TOKENS * head_dim)
         try:
             self.data: Floats = np.zeros(shape, dtype=np.float32)
-        except MemoryError as exc:
+        except (MemoryError, ValueError) as exc:  # ValueError: beyond any address space
             what = f"keys and values of {num_slots} slots of {context_tokens} tokens"
             raise OutOfMemory(what, math.prod(shape) * 4) from exc
         self.page_numbers: npt.NDArray[np.int64] = np.arange(num_pages, dtype=np.int64).reshape(

@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 STORED = {"llama_bf16": ("llama", "bfloat16"), "llama_f16": ("llama", "float16")}
-LENGTHS = (1, 9, 100)
+LENGTHS = (1, 9, 70)
 
 
 def sequences() -> list[list[int]]:
@@ -103,9 +103,10 @@ def on_torch(path: Path) -> Engine:
     )
 
 
-def logits_of(engine: Engine, ids: list[int], *, slot: int = 0) -> Floats:
-    """Logits after every position, decoded one token at a time: float32 (len, vocab)."""
-    return np.concatenate([engine.forward([Row(slot, (i,), n)]) for n, i in enumerate(ids)])
+def logits_of(engine: Engine, ids: list[int], *, slot: int = 0, start: int = 0) -> Floats:
+    """Logits after every position from ``start``, one token at a time: float32 (n, vocab)."""
+    rows = [Row(slot, (token_id,), start + n) for n, token_id in enumerate(ids[start:])]
+    return np.concatenate([engine.forward([row]) for row in rows])
 
 
 def error(found: Floats, expected: Floats) -> float:
@@ -124,7 +125,10 @@ def test_logits_are_those_of_transformers(
     with np.load(folders[name] / "logits.npz") as saved:
         expected = [saved[key] for key in saved.files]
     for slot, (ids, reference) in enumerate(zip(sequences(), expected, strict=True)):
-        assert error(logits_of(engine, ids, slot=slot), reference) < 2e-4
+        done = max(0, len(ids) - 9)  # the cache's first page is prefilled, its edge decoded
+        if done:
+            engine.forward([Row(slot, tuple(ids[:done]), 0, want_logits=False)])
+        assert error(logits_of(engine, ids, slot=slot, start=done), reference[done:]) < 2e-4
     rows = [Row(slot, tuple(ids), 0) for slot, ids in enumerate(sequences())]
     at_once = engine.forward(rows)
     assert error(at_once, np.stack([reference[-1] for reference in expected])) < 2e-4
@@ -146,7 +150,7 @@ def test_a_row_is_the_same_bits_in_any_company_chunking_and_thread_count(
     ids = sequences()[2]
     alone = logits_of(cpu_llama, ids)[-1]
     company = [Row(slot, tuple(sequences()[1]), 0, want_logits=slot == 1) for slot in (1, 2, 3)]
-    for cuts in ([100], [1, 99], [37, 1, 61, 1], [6, 7, 8, 79]):
+    for cuts in ([70], [1, 69], [37, 1, 31, 1], [6, 7, 8, 49]):
         start = 0
         for count in cuts:
             row = Row(0, tuple(ids[start : start + count]), start)
