@@ -11,22 +11,22 @@ from models import tokenizer_gguf, tokenizer_hf
 from models.errors import CorruptModel, NoSuchModel, UnsupportedModel
 from models.gguf import open_gguf
 from models.gguf_file import GgufFile
-from models.gguf_names import NOT_WEIGHTS, canonical, deinterleave
+from models.gguf_names import NOT_WEIGHTS, canonical, canonical_stack
 from models.layout import expected_tensors
-from models.quant import KINDS, Bytes
-from models.safetensors_files import check_kind, open_sharded, parse_json
+from models.quant import KINDS
+from models.quantization_hf import quantization_of
+from models.row_order import heads_order, latent_order
+from models.safetensors_files import open_sharded, parse_json
 from models.spec import ModelSpec
 from models.spec_gguf import architecture_of, from_gguf
-from models.spec_hf import from_hf_config
+from models.spec_hf import from_hf_config, rotary_pairs
+from models.stored_hf import canonical_weights
 from models.tokenizer import Tokenizer
 from models.weights import Weight
 
 __all__ = ["Checkpoint", "Weight", "open_checkpoint"]
 
 FINGERPRINT_SAMPLE_BYTES = 4096
-# Parts of a vision model's file that its text half does not need.
-OTHER_HALVES = ("vision_tower.", "multi_modal_projector.", "visual.", "mtp.")
-PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
 
 
 class Checkpoint(Protocol):
@@ -150,32 +150,41 @@ class GgufCheckpoint(_Weights):
         for name, file in every.items():
             if name in NOT_WEIGHTS:
                 continue
-            weight = self._weight(file, name)
-            found[weight.name] = weight
+            found |= {weight.name: weight for weight in self._weights_of(file, name)}
         self._check(found)
 
-    def _weight(self, file: GgufFile, name: str) -> Weight:
+    def _weights_of(self, file: GgufFile, name: str) -> list[Weight]:
+        """The weight of one tensor, or those of all experts that it holds."""
         info, spec = file.tensors[name], self.spec
+        kind = KINDS[info.kind]
+        if len(info.shape) == 3 and spec.experts is not None:
+            names = canonical_stack(name, spec.experts.num_experts)
+            if names is not None and len(names) == info.shape[0]:
+                row = info.shape[2] // kind.block_size * kind.block_bytes
+                stack = file.bytes_of(info).reshape(*info.shape[:2], row)
+                return [
+                    Weight(full, info.shape[1:], info.kind, stack[expert])
+                    for expert, full in enumerate(names)
+                ]
         known = canonical(name, spec)
         if known is None or len(info.shape) > 2:
             raise UnsupportedModel(
                 file.path, f"tensor {name!r} {info.shape}, which family {spec.family} does not have"
             )
-        kind = KINDS[info.kind]
         if len(info.shape) == 1:
             if kind.block_size != 1:
                 raise UnsupportedModel(file.path, f"tensor {name!r}: a vector in {info.kind}")
-            data = file.bytes_of(info).reshape(info.shape[0], kind.block_bytes)
+            row = kind.block_bytes
         else:
             row = info.shape[1] // kind.block_size * kind.block_bytes
-            data = file.bytes_of(info).reshape(info.shape[0], row)
         order = None
         if architecture_of(self.file)[1].interleaved:
-            heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
-            num_heads = heads.get(known.split(".")[-2], 0)
-            if num_heads and info.shape[0] == num_heads * spec.head_dim:
-                order = deinterleave(num_heads, spec.head_dim)
-        return Weight(known, info.shape, info.kind, data, order)
+            module = known.split(".")[-2]
+            order = (heads_order if spec.latent is None else latent_order)(module, spec)
+            if order is not None and len(order) != info.shape[0]:
+                order = None  # of a wrong shape, which the check against the spec will name
+        data = file.bytes_of(info).reshape(info.shape[0], row)
+        return [Weight(known, info.shape, info.kind, data, order)]
 
     def _headers(self) -> list[bytes]:
         return [file.header().tobytes() for file in self.files]
@@ -200,20 +209,14 @@ class SafetensorsCheckpoint(_Weights):
         self._files = sorted({tensor.path for tensor in stored.values()})
         self.size_bytes = sum(file.stat().st_size for file in self._files)
         self.chat_template = tokenizer_hf.chat_template(path)
-        found: dict[str, Weight] = {}
-        for name, tensor in stored.items():
-            if name.removeprefix("model.").startswith(OTHER_HALVES):
-                continue
-            known = _without_prefix(name)
-            if known.endswith("rotary_emb.inv_freq"):
-                continue  # older files store what the spec says
-            if known == "lm_head.weight" and self.spec.tied_embeddings:
-                continue  # a copy of the embeddings
-            if len(tensor.shape) not in (1, 2) or 0 in tensor.shape:
-                raise UnsupportedModel(tensor.path, f"tensor {name!r} of shape {tensor.shape}")
-            data: Bytes = tensor.data.reshape(tensor.shape[0], -1)
-            found[known] = Weight(known, tensor.shape, check_kind(tensor), data)
-        self._check(found)
+        self._check(
+            canonical_weights(
+                stored,
+                self.spec,
+                quantization_of(config, path / "config.json"),
+                rotary_pairs=rotary_pairs(config),
+            )
+        )
 
     def _headers(self) -> list[bytes]:
         return [(self.path / "config.json").read_bytes()]
@@ -225,13 +228,6 @@ class SafetensorsCheckpoint(_Weights):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of ``tokenizer.json``, built once."""
         return self._tokenizer
-
-
-def _without_prefix(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
 
 
 def _parts(first: GgufFile) -> list[GgufFile]:

@@ -28,7 +28,23 @@ SUPPORTED = (
 )
 KINDS: dict[str, Kind] = {
     name: Kind(name, *GGML_QUANT_SIZES[GGMLQuantizationType[name]]) for name in SUPPORTED
-}
+} | {"F8_E4M3": Kind("F8_E4M3", 1, 1)}
+
+
+def _e4m3() -> Floats:
+    """Value of each byte: sign, 4 bits of exponent (bias 7), 3 of fraction; no infinity.
+
+    Source: Micikevicius et al. 2022, FP8 Formats for Deep Learning, E4M3.
+    """
+    codes = np.arange(128)
+    exponent, fraction = codes >> 3, codes & 7
+    normal = (1 + fraction / 8) * np.exp2(exponent - 7.0)
+    values = np.where(exponent == 0, fraction / 8 * 2.0**-6, normal)
+    values[127] = np.nan
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
+E4M3 = _e4m3()
 
 
 def to_float32(packed: Bytes, kind: str) -> Floats:
@@ -36,7 +52,7 @@ def to_float32(packed: Bytes, kind: str) -> Floats:
 
     Args:
         packed: uint8 (rows, bytes_per_row), whole blocks.
-        kind: one of ``SUPPORTED``.
+        kind: a key of ``KINDS``.
 
     Returns:
         float32 (rows, columns), a fresh array; the value of every weight is exactly what the
@@ -56,6 +72,8 @@ def to_float32(packed: Bytes, kind: str) -> Floats:
         values = packed.view(np.float16).astype(np.float32)
     elif kind == "BF16":
         values = (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif kind == "F8_E4M3":
+        values = E4M3[packed]
     elif kind in SIMPLE:
         values = _simple(packed.reshape(-1, KINDS[kind].block_bytes), kind)
     else:

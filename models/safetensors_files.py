@@ -14,7 +14,8 @@ from models.errors import CorruptModel, NoSuchModel, UnsupportedModel
 from models.quant import Bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-KINDS = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2)}
+READ = ("F32", "F16", "BF16", "F8_E4M3")  # as weights
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,8 @@ def _tensor(path: Path, name: str, entry: Any, data: Bytes) -> StoredTensor:
             expected=f"{last} bytes of data",
             found=data.size,
         )
-    if kind in KINDS:
-        size = KINDS[kind][1]
+    if kind in ITEM_BYTES:
+        size = ITEM_BYTES[kind]
         for dim in shape:
             size *= dim
         if size != last - first:
@@ -160,9 +161,9 @@ def _tensor(path: Path, name: str, entry: Any, data: Bytes) -> StoredTensor:
 
 def check_kind(tensor: StoredTensor) -> str:
     """Format as ``models.quant`` names it. Raises UnsupportedModel for one that is not read."""
-    if tensor.kind not in KINDS:
+    if tensor.kind not in READ:
         raise UnsupportedModel(
             tensor.path,
-            f"tensor {tensor.name!r} is stored as {tensor.kind}; read are {', '.join(KINDS)}",
+            f"tensor {tensor.name!r} is stored as {tensor.kind}; read are {', '.join(READ)}",
         )
-    return KINDS[tensor.kind][0]
+    return tensor.kind

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CorruptModel, UnsupportedModel
+from models.hf_config import HfConfig
+from models.quantization_hf import quantization_of
 from models.spec import Activation, Family, ModelSpec, RopeScaling, RopeSpec
+from models.spec_hf_parts import expert_spec, latent_spec, temperature
 
 FAMILIES: dict[str, Family] = {
     "llama": "llama",
@@ -16,6 +19,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3",
     "gemma3": "gemma3",  # the text half of a vision model
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
 }
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -42,44 +49,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "hidden_activation": "gelu_pytorch_tanh",
     },
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "deepseek_v2": {"max_position_embeddings": 2048, "q_lora_rank": 1536},
+    "deepseek_v3": {"max_position_embeddings": 4096, "q_lora_rank": 1536},
 }
-
-
-class _Config:
-    """Typed reading of one config, with the family's defaults behind it."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any], model_type: str) -> None:
-        self.path, self.values = path, {**DEFAULTS.get(model_type, {}), **values}
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(key, "an integer", value)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(key, "a number", value)
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key, default)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false", value)
-        return value
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.values.get(key) or {}
-        if not isinstance(value, dict):
-            raise self.wrong(key, "an object", value)
-        return value
-
-    def wrong(self, key: str, expected: str, found: object) -> CorruptModel:
-        return CorruptModel(self.path, f"field {key!r}", expected=expected, found=repr(found))
+SLIDING = ("qwen2", "qwen3", "qwen3_moe")  # use a window only where a flag says so
 
 
 def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
@@ -93,14 +80,6 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
         CorruptModel: a field is missing, of the wrong type or impossible.
         UnsupportedModel: a model type, quantisation or option that is not built, by name.
     """
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModel(
-            path,
-            f"weights quantised by {method or 'an unnamed method'!r}; "
-            "take GGUF, or plain safetensors in f32, f16 or bf16",
-        )
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CorruptModel(path, "field 'model_type'", expected="a string", found=repr(model_type))
@@ -108,6 +87,7 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
         raise UnsupportedModel(
             path, f"model type {model_type!r}; read are {', '.join(sorted(FAMILIES))}"
         )
+    quantization_of(config, path)  # refuses, by name, methods that are not read
     values = dict(config)
     if isinstance(config.get("text_config"), dict):
         values.update(config["text_config"])
@@ -115,18 +95,30 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
     if model_type not in FAMILIES:
         raise UnsupportedModel(path, f"text model type {model_type!r}")
     try:
-        return _spec(_Config(path, values, model_type), FAMILIES[model_type], model_type)
+        return _spec(
+            HfConfig(path, values, DEFAULTS.get(model_type)), FAMILIES[model_type], model_type
+        )
     except (ValueError, ArithmeticError) as exc:
         raise CorruptModel(path, f"impossible configuration: {exc}") from exc
 
 
-def _spec(config: _Config, family: Family, model_type: str) -> ModelSpec:
+def rotary_pairs(config: Mapping[str, Any]) -> bool:
+    """Whether rotated rows of latent attention lie pairwise in the checkpoint (they mostly do)."""
+    return bool(config.get("rope_interleave", True))
+
+
+def _spec(config: HfConfig, family: Family, model_type: str) -> ModelSpec:
     gemma = family == "gemma3"
     hidden, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     num_layers = config.integer("num_hidden_layers")
     if not 0 < num_layers < 100_000:
         raise ValueError(f"num_hidden_layers {num_layers}")
-    head_dim = config.integer("head_dim", hidden // num_heads)
+    latent = latent_spec(config) if family.startswith("deepseek") else None
+    if latent is None:
+        head_dim = config.integer("head_dim", hidden // num_heads)
+        rotated = head_dim
+    else:
+        head_dim, rotated = latent.nope_dim + latent.rope_dim, latent.rope_dim
     activation = str(config.values.get("hidden_activation" if gemma else "hidden_act") or "silu")
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(config.path, f"activation {activation!r}")
@@ -134,7 +126,11 @@ def _spec(config: _Config, family: Family, model_type: str) -> ModelSpec:
         raise UnsupportedModel(config.path, "bidirectional attention (an embedding model)")
     bias = config.flag("attention_bias")
     scale = config.number("query_pre_attn_scalar") if gemma else float(head_dim)
-    full, local = _ropes(config, head_dim)
+    full, local = _ropes(config, rotated)
+    experts = expert_spec(config, family, num_layers)
+    mlp_bias = config.flag("mlp_bias")
+    if experts is not None and mlp_bias:
+        raise UnsupportedModel(config.path, "biases in a model with experts")
     return ModelSpec(
         family=family,
         num_layers=num_layers,
@@ -149,27 +145,29 @@ def _spec(config: _Config, family: Family, model_type: str) -> ModelSpec:
         rope=full,
         local_rope=local,
         windows=_windows(config, num_layers, model_type),
-        attention_scale=scale**-0.5,
+        attention_scale=scale**-0.5 * (1.0 if latent is None else temperature(full)),
         attention_softcap=config.number("attn_logit_softcapping", 0.0) or None,
         logit_softcap=config.number("final_logit_softcapping", 0.0) or None,
         embedding_scale=hidden**0.5 if gemma else 1.0,
         norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
-        qk_norm=gemma or family == "qwen3",
+        qk_norm=gemma or family in ("qwen3", "qwen3_moe"),
         attention_bias=bias or family == "qwen2",
         output_bias=bias,
-        mlp_bias=config.flag("mlp_bias"),
+        mlp_bias=mlp_bias,
         activation=ACTIVATIONS[activation],
         tied_embeddings=config.flag("tie_word_embeddings"),
+        experts=experts,
+        latent=latent,
     )
 
 
-def _windows(config: _Config, num_layers: int, model_type: str) -> tuple[int | None, ...]:
+def _windows(config: HfConfig, num_layers: int, model_type: str) -> tuple[int | None, ...]:
     """Window of each layer, from ``layer_types`` or from the older fields that it replaced."""
     window = config.values.get("sliding_window")
     if window is not None:
         window = config.integer("sliding_window")
-    if model_type in ("qwen2", "qwen3") and not config.flag("use_sliding_window"):
+    if model_type in SLIDING and not config.flag("use_sliding_window"):
         window = None
     if window is None:
         return (None,) * num_layers
@@ -188,10 +186,11 @@ def _windows(config: _Config, num_layers: int, model_type: str) -> tuple[int | N
     if model_type == "gemma3_text":
         period = config.integer("sliding_window_pattern")
         return tuple(None if (layer + 1) % period == 0 else window for layer in range(num_layers))
-    return (window,) * num_layers if model_type == "mistral" else (None,) * num_layers
+    every = model_type in ("mistral", "mixtral", "qwen3_moe")
+    return (window if every else None,) * num_layers
 
 
-def _ropes(config: _Config, head_dim: int) -> tuple[RopeSpec, RopeSpec | None]:
+def _ropes(config: HfConfig, head_dim: int) -> tuple[RopeSpec, RopeSpec | None]:
     """Rope of full-attention layers, and of windowed ones where it differs.
 
     ``rope_parameters`` (transformers 5) holds what ``rope_theta`` and ``rope_scaling`` held.
@@ -207,10 +206,10 @@ def _ropes(config: _Config, head_dim: int) -> tuple[RopeSpec, RopeSpec | None]:
     return full, RopeSpec(theta=config.number("rope_local_base_freq"), dim=full.dim)
 
 
-def _rope(config: _Config, parameters: Mapping[str, Any], head_dim: int) -> RopeSpec:
+def _rope(config: HfConfig, parameters: Mapping[str, Any], head_dim: int) -> RopeSpec:
     if not isinstance(parameters, dict):
         raise config.wrong("rope_parameters", "an object", parameters)
-    part = _Config(config.path, parameters, "")
+    part = HfConfig(config.path, parameters)
     theta = part.number("rope_theta", config.number("rope_theta", 10000.0))
     share = part.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     dim = int(head_dim * share)

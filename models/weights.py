@@ -1,8 +1,10 @@
-"""One stored tensor: reads only the rows asked for, packed as in the file or as float32."""
+"""One stored tensor: reads only the part asked for, packed as in the file or as float32."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import mmap
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ import numpy.typing as npt
 from models.quant import KINDS, Bytes, Floats, to_float32
 
 ALL = slice(None)
+Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +25,7 @@ class Weight:
     Attributes:
         name: canonical name.
         shape: (out_features, in_features), or (n,).
-        kind: storage format, a key of ``models.quant.KINDS``.
+        kind: storage format, a key of ``models.quant.KINDS``, or what a subclass reads.
         data: uint8 (rows, bytes_per_row) over the mapping; rows in file order.
         row_order: int64 (rows,): file row of each row, where the file orders them otherwise.
     """
@@ -31,7 +34,7 @@ class Weight:
     shape: tuple[int, ...]
     kind: str
     data: Bytes
-    row_order: npt.NDArray[np.int64] | None = None
+    row_order: Longs | None = None
 
     @property
     def num_rows(self) -> int:
@@ -44,48 +47,93 @@ class Weight:
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
+    def block_columns(self) -> int:
+        """Columns that are stored together: a cut on their multiples leaves blocks intact."""
+        return KINDS[self.kind].block_size
+
+    @property
     def size_bytes(self) -> int:
         """Bytes the tensor takes in the file."""
         return int(self.data.size)
 
-    def packed(self, rows: slice = ALL) -> Bytes:
-        """Raw blocks of ``rows`` (step 1): uint8 (rows, bytes_per_row).
+    def packed(self, rows: slice = ALL, columns: slice = ALL) -> Bytes:
+        """Raw blocks of ``rows`` x ``columns`` (step 1): uint8 (rows, bytes_per_row).
 
-        A read-only view of the mapping where rows lie in order, else a copy of those rows.
+        A read-only view of the mapping where rows lie in order, else a copy of that part alone.
+
+        Raises:
+            ValueError: columns that begin or end inside a block.
         """
-        start, stop = _bounds(rows, self.num_rows)
-        if self.row_order is None:
-            return self.data[start:stop]
-        return self.data[self.row_order[start:stop]]
+        kind = KINDS[self.kind]
+        start, stop = bounds(columns, self.num_columns)
+        if start % kind.block_size or (stop % kind.block_size and stop != self.num_columns):
+            raise ValueError(
+                f"{self.name}: columns {start}:{stop} cut blocks of {kind.block_size} ({self.kind})"
+            )
+        first, last = start // kind.block_size, -(-stop // kind.block_size)
+        part = self.data[:, first * kind.block_bytes : last * kind.block_bytes]
+        return part[self.file_rows(rows)]
 
     def rows(self, rows: slice) -> Weight:
         """The same tensor, narrowed to ``rows``."""
-        start, stop = _bounds(rows, self.num_rows)
+        start, stop = bounds(rows, self.num_rows)
         shape = (stop - start, *self.shape[1:])
         if self.row_order is None:
-            return Weight(self.name, shape, self.kind, self.data[start:stop])
-        return Weight(self.name, shape, self.kind, self.data, self.row_order[start:stop])
+            return replace(self, shape=shape, data=self.data[start:stop])
+        return replace(self, shape=shape, row_order=self.row_order[start:stop])
 
     def dequantize(self, rows: slice = ALL, columns: slice = ALL) -> Floats:
         """Values of ``rows`` x ``columns`` (step 1) as float32, a fresh array.
 
         Only the blocks that hold these columns are read. A vector gives shape (rows,).
         """
-        kind = KINDS[self.kind]
-        packed = self.packed(rows)
+        size = KINDS[self.kind].block_size
         if len(self.shape) == 1:
-            return to_float32(packed, self.kind).reshape(-1)
-        start, stop = _bounds(columns, self.num_columns)
-        first, last = start // kind.block_size, -(-stop // kind.block_size)
-        packed = packed[:, first * kind.block_bytes : last * kind.block_bytes]
-        offset = first * kind.block_size
-        values = to_float32(packed, self.kind)
+            return to_float32(self.packed(rows), self.kind).reshape(-1)
+        start, stop = bounds(columns, self.num_columns)
+        first, last = start // size * size, min(-(-stop // size) * size, self.num_columns)
+        values = to_float32(self.packed(rows, slice(first, last)), self.kind)
         if values.shape[1] == stop - start:
             return values
-        return np.ascontiguousarray(values[:, start - offset : stop - offset])
+        return np.ascontiguousarray(values[:, start - first : stop - first])
+
+    def file_rows(self, rows: slice) -> slice | Longs:
+        """Where ``rows`` lie in the file."""
+        start, stop = bounds(rows, self.num_rows)
+        return slice(start, stop) if self.row_order is None else self.row_order[start:stop]
+
+    def release(self) -> None:
+        """Tell the system that this process is done with the tensor's pages.
+
+        They leave the process's resident memory and stay in the page cache, so that reading a
+        tensor again, here or in another process, is still fast. Views stay valid.
+        """
+        release(self.data)
 
 
-def _bounds(part: slice, size: int) -> tuple[int, int]:
+def release(data: Bytes) -> None:
+    """Let go of the resident pages that lie wholly inside a view of a mapped file.
+
+    Nothing happens where the bytes are not mapped or the system cannot do it.
+    """
+    advice: int | None = getattr(mmap, "MADV_DONTNEED", None)
+    owner: Any = data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if advice is None or not isinstance(owner, mmap.mmap) or data.size == 0:
+        return
+    base = np.frombuffer(owner, dtype=np.uint8).ctypes.data
+    low, high = np.lib.array_utils.byte_bounds(data)
+    start = -(-(low - base) // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (high - base) // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start:
+        owner.madvise(advice, start, stop - start)
+
+
+def bounds(part: slice, size: int) -> tuple[int, int]:
+    """Start and stop of a contiguous slice. Raises ValueError for another step."""
     start, stop, step = part.indices(size)
     if step != 1:
         raise ValueError(f"only contiguous slices are read, not step {step}")

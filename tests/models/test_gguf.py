@@ -170,8 +170,8 @@ def test_tensors_of_another_architecture_are_refused_by_name(tmp_path: Path) -> 
     ("arch", "metadata", "says"),
     [
         ("mamba", {}, "architecture 'mamba'"),
-        ("deepseek2", {}, "architecture 'deepseek2'"),
-        ("llama", {"expert_count": 8}, "mixtral"),
+        ("deepseek", {}, "architecture 'deepseek'"),
+        ("llama", {"expert_count": 8, "expert_used_count": 2, "expert_gating_func": 3}, "func 3"),
         ("llama", {"rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ("llama", {"attention.value_length": 24}, "values of 24 beside keys of 16"),
     ],

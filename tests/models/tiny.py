@@ -93,7 +93,7 @@ def write_gguf(
         "block_count": layers,
         "context_length": 256,
         "embedding_length": hidden,
-        "feed_forward_length": tensors["blk.0.ffn_up.weight"][0].shape[0],
+        "feed_forward_length": len(tensors.get("blk.0.ffn_up.weight", [[]])[0]),
         "attention.head_count": 4,
         "attention.head_count_kv": 2,
         "rope.freq_base": 10000.0,
