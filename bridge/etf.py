@@ -40,10 +40,11 @@ def decode(data: bytes, *, max_inflated_bytes: int = MAX_INFLATED_BYTES) -> Term
     """
     if len(data) < 2 or data[0] != VERSION:
         raise DecodeError(f"no external term: {data[:8]!r}")
-    pos = 1
-    if data[1] == _COMPRESSED:
+    pos, tag = 1, data[1]
+    if tag == _COMPRESSED:
         data, pos = _inflate(data, max_inflated_bytes), 0
-    if data[pos : pos + 1] == b"y":
+        tag = data[0] if data else 0
+    if tag == _LOCAL:
         return LocalTerm(data[pos + 1 :])
     term, end = decode_term(data, pos)
     if end != len(data):

@@ -1,4 +1,4 @@
-"""Bytes to terms: one loop over an explicit stack; nothing is allocated by a length field.
+"""Bytes to terms, down to a fixed depth; nothing is allocated by a length field.
 
 Reads every tag that OTP 25 to 28 write, and the older ones that still name the same terms.
 Source: erl_ext_dist, "External Term Format"; erts ``external.c``, ``dec_term``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Final, TypeAlias
 
@@ -28,12 +28,13 @@ _PORT_TAIL: Final = struct.Struct(">QI").unpack_from
 _PORT_TAIL_NEW: Final = struct.Struct(">II").unpack_from
 _PORT_TAIL_OLD: Final = struct.Struct(">IB").unpack_from
 
-_TUPLE, _LIST, _MAP, _ROOT = range(4)
-_ONCE: Final = (None,)
+_TOO_DEEP: Final = f"term nests deeper than {MAX_DEPTH}"
 
 # Memos of bytes already understood: the same few atoms, pids and references come all the time.
 _atoms: dict[bytes, Term] = {}
 _identifiers: dict[bytes, Pid | Ref] = {}
+_known_atom: Final = _atoms.get
+_known_identifier: Final = _identifiers.get
 
 
 def decode_term(data: bytes, pos: int = 0, atom_table: AtomTable = ()) -> tuple[Term, int]:
@@ -48,125 +49,97 @@ def decode_term(data: bytes, pos: int = 0, atom_table: AtomTable = ()) -> tuple[
             Erlang cannot hold. Nothing else is ever raised, whatever the bytes.
     """
     try:
-        return _decode(data, pos, atom_table)
+        if data[pos] == 104:  # nearly every message is a small tuple
+            items, pos = _read(data, pos + 2, data[pos + 1], MAX_DEPTH - 1, atom_table)
+            return tuple(items), pos
+        items, pos = _read(data, pos, 1, MAX_DEPTH, atom_table)
+        return items[0], pos
     except (IndexError, struct.error):
         raise DecodeError(f"term cut short: {len(data)} bytes") from None
     except EncodeError as exc:  # an identifier whose fields are out of range
         raise DecodeError(str(exc)) from exc
+    except RecursionError:  # the caller is deep in calls already, or funs hold funs
+        raise DecodeError(_TOO_DEEP) from None
 
 
-def _decode(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Term, int]:
-    end = len(data)
-    known_atom, known_identifier = _atoms.get, _identifiers.get
-    stack: list[tuple[int, list[Term], Iterator[None]]] = []
+def _read(
+    data: bytes, pos: int, count: int, depth: int, atom_table: AtomTable
+) -> tuple[list[Term], int]:
+    """``count`` terms in a row and the position after them.
+
+    Calls itself for containers, at most ``depth`` times deep; what a list or map announces is
+    compared with the bytes that are there before anything is made of it.
+    """
     items: list[Term] = []
     append = items.append
-    kind, turns, max_below = _ROOT, iter(_ONCE), MAX_DEPTH
-    if data[pos] == 104:  # nearly every message is a small tuple: then that is the bottom
-        kind, turns, max_below = _TUPLE, repeat(None, data[pos + 1]), MAX_DEPTH - 1
-        pos += 2
-    while True:
-        for _ in turns:
-            tag = data[pos]
-            if tag == 97:  # SMALL_INTEGER_EXT
-                append(data[pos + 1])
-                pos += 2
-                continue
-            if tag == 98:  # INTEGER_EXT
-                append(_I32(data, pos + 1)[0])
-                pos += 5
-                continue
-            if tag == 119:  # SMALL_ATOM_UTF8_EXT
-                stop = pos + 2 + data[pos + 1]
-                atom = known_atom(data[pos:stop])
-                append(_small_atom(data, pos, stop) if atom is None else atom)
+    for _ in repeat(None, count):
+        tag = data[pos]
+        if tag == 97:  # SMALL_INTEGER_EXT
+            append(data[pos + 1])
+            pos += 2
+        elif tag == 98:  # INTEGER_EXT
+            append(_I32(data, pos + 1)[0])
+            pos += 5
+        elif tag == 119:  # SMALL_ATOM_UTF8_EXT
+            stop = pos + 2 + data[pos + 1]
+            atom = _known_atom(data[pos:stop])
+            append(_small_atom(data, pos, stop) if atom is None else atom)
+            pos = stop
+        elif tag == 104:  # SMALL_TUPLE_EXT
+            if not depth:
+                raise DecodeError(_TOO_DEEP)
+            below, pos = _read(data, pos + 2, data[pos + 1], depth - 1, atom_table)
+            append(tuple(below))
+        elif tag == 70:  # NEW_FLOAT_EXT
+            (value,) = _F64(data, pos + 1)
+            if value - value != 0.0:  # infinite, or not a number
+                raise DecodeError("float is not finite")
+            append(value)
+            pos += 9
+        elif tag == 109:  # BINARY_EXT
+            start = pos + 5
+            pos = start + _U32(data, pos + 1)[0]
+            if pos > len(data):
+                raise DecodeError(f"binary of {pos - start} bytes, {len(data) - start} there")
+            append(data[start:pos])
+        elif tag == 90 or tag == 88:  # NEWER_REFERENCE_EXT, NEW_PID_EXT
+            # The usual node name is a SMALL_ATOM_UTF8; if not, the key misses the memo.
+            if tag == 90:
+                stop = pos + 9 + data[pos + 4] + 4 * data[pos + 2]
+            else:
+                stop = pos + 15 + data[pos + 2]
+            identifier = _known_identifier(data[pos:stop])
+            if identifier is None:
+                identifier, pos = _first_seen(data, pos, stop, atom_table)
+            else:
                 pos = stop
-                continue
-            if tag == 109:  # BINARY_EXT
-                start = pos + 5
-                pos = start + _U32(data, pos + 1)[0]
-                if pos > end:
-                    raise DecodeError(f"binary of {pos - start} bytes, {end - start} there")
-                append(data[start:pos])
-                continue
-            if tag == 104:  # SMALL_TUPLE_EXT
-                size = data[pos + 1]
-                pos += 2
-                below = _TUPLE
-            elif tag == 108:  # LIST_EXT
-                size = _U32(data, pos + 1)[0] + 1
-                pos += 5
-                below = _LIST
-            elif tag == 90 or tag == 88:  # NEWER_REFERENCE_EXT, NEW_PID_EXT
-                # The usual node name is a SMALL_ATOM_UTF8; if not, the key misses the memo.
-                if tag == 90:
-                    stop = pos + 9 + data[pos + 4] + 4 * data[pos + 2]
-                else:
-                    stop = pos + 15 + data[pos + 2]
-                identifier = known_identifier(data[pos:stop])
-                if identifier is None:
-                    identifier, pos = _identifier(data, pos, atom_table)
-                else:
-                    pos = stop
-                append(identifier)
-                continue
-            elif tag == 106:  # NIL_EXT
-                append([])
-                pos += 1
-                continue
-            elif tag == 70:  # NEW_FLOAT_EXT
-                (value,) = _F64(data, pos + 1)
-                if value - value != 0.0:  # infinite, or not a number
-                    raise DecodeError("float is not finite")
-                append(value)
-                pos += 9
-                continue
-            elif tag == 107:  # STRING_EXT
-                start = pos + 3
-                pos = start + _U16(data, pos + 1)[0]
-                if pos > end:
-                    raise DecodeError(f"string of {pos - start} bytes, {end - start} there")
-                append(list(data[start:pos]))
-                continue
-            elif tag == 116:  # MAP_EXT
-                size = 2 * _U32(data, pos + 1)[0]
-                pos += 5
-                below = _MAP
-            elif tag == 105:  # LARGE_TUPLE_EXT
-                size = _U32(data, pos + 1)[0]
-                pos += 5
-                below = _TUPLE
-            else:
-                leaf = _LEAVES.get(tag)
-                if leaf is None:
-                    raise DecodeError(f"unknown tag {tag} at byte {pos}")
-                value, pos = leaf(data, pos, atom_table)
-                append(value)
-                continue
-            if size > end - pos:  # each element takes a byte at least
-                raise DecodeError(f"{size} elements announced, {end - pos} bytes there")
-            if len(stack) >= max_below:
-                raise DecodeError(f"term nests deeper than {MAX_DEPTH}")
-            stack.append((kind, items, turns))
-            kind = below
-            items = []
-            append = items.append
-            turns = repeat(None, size)
-            break
+            append(identifier)
+        elif tag == 106:  # NIL_EXT
+            append([])
+            pos += 1
+        elif tag == 107:  # STRING_EXT
+            start = pos + 3
+            pos = start + _U16(data, pos + 1)[0]
+            if pos > len(data):
+                raise DecodeError(f"string of {pos - start} bytes, {len(data) - start} there")
+            append(list(data[start:pos]))
+        elif tag == 108 or tag == 116 or tag == 105:  # LIST_EXT, MAP_EXT, LARGE_TUPLE_EXT
+            (size,) = _U32(data, pos + 1)
+            num_terms = size + 1 if tag == 108 else 2 * size if tag == 116 else size
+            pos += 5
+            if num_terms > len(data) - pos:  # each element takes a byte at least
+                raise DecodeError(f"{num_terms} elements announced, {len(data) - pos} bytes there")
+            if not depth:
+                raise DecodeError(_TOO_DEEP)
+            below, pos = _read(data, pos, num_terms, depth - 1, atom_table)
+            append(_list(below) if tag == 108 else _map(below) if tag == 116 else tuple(below))
         else:
-            if kind == _TUPLE:
-                closed: Term = tuple(items)
-            elif kind == _LIST:
-                closed = _list(items)
-            elif kind == _MAP:
-                closed = _map(items)
-            else:
-                closed = items[0]
-            if not stack:
-                return closed, pos
-            kind, items, turns = stack.pop()
-            append = items.append
-            append(closed)
+            leaf = _LEAVES.get(tag)
+            if leaf is None:
+                raise DecodeError(f"unknown tag {tag} at byte {pos}")
+            value, pos = leaf(data, pos, atom_table)
+            append(value)
+    return items, pos
 
 
 def _list(items: list[Term]) -> Term:
@@ -242,9 +215,27 @@ def _node(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Atom, int]:
     return (node if type(node) is Atom else Atom(str(node).lower())), pos
 
 
+def _first_seen(data: bytes, pos: int, stop: int, atom_table: AtomTable) -> tuple[Pid | Ref, int]:
+    """A NEW_PID_EXT or NEWER_REFERENCE_EXT, which ends at ``stop`` if its node is as usual."""
+    is_pid = data[pos] == 88
+    at = pos + 1 if is_pid else pos + 3
+    if data[at] != 119 or stop > len(data) or not (is_pid or 1 <= _U16(data, pos + 1)[0] <= 5):
+        return _identifier(data, pos, atom_table)
+    name_stop = at + 2 + data[at + 1]
+    node = _known_atom(data[at:name_stop]) or _small_atom(data, at, name_stop)
+    if type(node) is not Atom:
+        return _identifier(data, pos, atom_table)
+    wire = data[pos:stop]
+    found = Pid.of_wire(wire, node) if is_pid else Ref.of_wire(wire, node)
+    if len(_identifiers) >= MAX_CACHED:
+        _identifiers.clear()
+    _identifiers[wire] = found  # the whole identifier: a hit can never mean another one
+    return found, stop
+
+
 def _identifier(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Pid | Ref, int]:
     """NEW_PID_EXT, PID_EXT, and the three reference tags."""
-    start, tag = pos, data[pos]
+    tag = data[pos]
     found: Pid | Ref
     if tag == 88 or tag == 103:  # NEW_PID_EXT, PID_EXT
         node, pos = _node(data, pos + 1, atom_table)
@@ -264,11 +255,6 @@ def _identifier(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Pid | Ref
         pos += 4 if tag == 90 else 1
         found = Ref(node, creation, struct.unpack_from(f">{num_words}I", data, pos))
         pos += 4 * num_words
-    if tag in (88, 90) and data[start:pos] == found.wire:
-        # The key is the whole identifier: a hit can never mean another one.
-        if len(_identifiers) >= MAX_CACHED:
-            _identifiers.clear()
-        _identifiers[found.wire] = found
     return found, pos
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, Self, TypeAlias
 
 from bridge.errors import EncodeError
 
@@ -36,6 +36,8 @@ MAX_ATOM_CHARS: Final = 255  # OTP's own limit
 _U16: Final = struct.Struct(">H").pack
 _PID_TAIL: Final = struct.Struct(">III").pack
 _PORT_TAIL: Final = struct.Struct(">QI").pack
+_U32S: Final = tuple(struct.Struct(f">{count}I").unpack for count in range(7))
+_put: Final = object.__setattr__
 
 
 class Atom(str):
@@ -64,17 +66,38 @@ class _Identifier:
     """Base of Pid, Port and Ref: frozen, equal when the canonical ETF bytes are.
 
     ``wire`` is the identifier as OTP 28 writes it, without the version byte: computed once,
-    because identifiers are compared, hashed and sent far more often than made.
+    because identifiers are compared, hashed and sent far more often than made. Of one that came
+    from a peer the other fields are read from it when somebody asks.
     """
 
-    __slots__ = ("_hash", "wire")
+    __slots__ = ("_hash", "node", "wire")
 
     wire: bytes
+    node: Atom
     _hash: int
 
+    @classmethod
+    def of_wire(cls, wire: bytes, node: Atom) -> Self:
+        """The identifier whose canonical bytes, known to be right, are ``wire``."""
+        found = object.__new__(cls)
+        _put(found, "wire", wire)
+        _put(found, "node", node)
+        _put(found, "_hash", hash(wire))
+        return found
+
+    def _read_fields(self) -> None:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        # Only of a field without a value: one that was made by ``of_wire``.
+        if name not in self.__slots__:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        self._read_fields()
+        return object.__getattribute__(self, name)
+
     def _freeze(self, wire: bytes) -> None:
-        object.__setattr__(self, "wire", wire)
-        object.__setattr__(self, "_hash", hash(wire))
+        _put(self, "wire", wire)
+        _put(self, "_hash", hash(wire))
 
     def __eq__(self, other: object) -> bool:
         if self.__class__ is not other.__class__:
@@ -94,24 +117,28 @@ class _Identifier:
 class Pid(_Identifier):
     """A process identifier; ``id`` and ``serial`` are 32-bit, so is ``creation``."""
 
-    __slots__ = ("creation", "id", "node", "serial")
+    __slots__ = ("creation", "id", "serial")
 
-    node: Atom
     id: int
     serial: int
     creation: int
 
     def __init__(self, node: str, id: int, serial: int, creation: int) -> None:
-        put = object.__setattr__
-        put(self, "node", node if type(node) is Atom else Atom(node))
-        put(self, "id", id)
-        put(self, "serial", serial)
-        put(self, "creation", creation)
+        _put(self, "node", node if type(node) is Atom else Atom(node))
+        _put(self, "id", id)
+        _put(self, "serial", serial)
+        _put(self, "creation", creation)
         try:
             tail = _PID_TAIL(id, serial, creation)
         except struct.error as exc:
             raise EncodeError(f"pid fields beyond 32 bits: {id}, {serial}, {creation}") from exc
         self._freeze(b"X" + atom_bytes(node) + tail)
+
+    def _read_fields(self) -> None:
+        for name, value in zip(
+            ("id", "serial", "creation"), _U32S[3](self.wire[-12:]), strict=True
+        ):
+            _put(self, name, value)
 
     def __repr__(self) -> str:
         return f"<{self.node}.{self.id}.{self.serial}>"
@@ -120,17 +147,15 @@ class Pid(_Identifier):
 class Port(_Identifier):
     """A port identifier; ``id`` is 64-bit."""
 
-    __slots__ = ("creation", "id", "node")
+    __slots__ = ("creation", "id")
 
-    node: Atom
     id: int
     creation: int
 
     def __init__(self, node: str, id: int, creation: int) -> None:
-        put = object.__setattr__
-        put(self, "node", node if type(node) is Atom else Atom(node))
-        put(self, "id", id)
-        put(self, "creation", creation)
+        _put(self, "node", node if type(node) is Atom else Atom(node))
+        _put(self, "id", id)
+        _put(self, "creation", creation)
         try:
             tail = _PORT_TAIL(id, creation)
         except struct.error as exc:
@@ -144,17 +169,15 @@ class Port(_Identifier):
 class Ref(_Identifier):
     """A reference, alias or monitor id: 1 to 5 words of 32 bits."""
 
-    __slots__ = ("creation", "ids", "node")
+    __slots__ = ("creation", "ids")
 
-    node: Atom
     creation: int
     ids: tuple[int, ...]
 
     def __init__(self, node: str, creation: int, ids: tuple[int, ...]) -> None:
-        put = object.__setattr__
-        put(self, "node", node if type(node) is Atom else Atom(node))
-        put(self, "creation", creation)
-        put(self, "ids", ids)
+        _put(self, "node", node if type(node) is Atom else Atom(node))
+        _put(self, "creation", creation)
+        _put(self, "ids", ids)
         num_words = len(ids)
         if not 1 <= num_words <= 5:
             raise EncodeError(f"reference of {num_words} words: OTP has 1 to 5")
@@ -163,6 +186,12 @@ class Ref(_Identifier):
         except struct.error as exc:
             raise EncodeError(f"reference words beyond 32 bits: {creation}, {ids}") from exc
         self._freeze(b"Z" + _U16(num_words) + atom_bytes(node) + tail)
+
+    def _read_fields(self) -> None:
+        num_words = self.wire[2]
+        creation, *ids = _U32S[num_words + 1](self.wire[-4 * (num_words + 1) :])
+        _put(self, "creation", creation)
+        _put(self, "ids", tuple(ids))
 
     def __repr__(self) -> str:
         return f"#Ref<{self.node}.{'.'.join(map(str, self.ids))}>"
