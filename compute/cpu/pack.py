@@ -11,6 +11,7 @@ import numpy.typing as npt
 from compute.cpu import layout
 from compute.cpu.layout import GROUP, TILE, padded
 from compute.cpu.stored import TAKE_APART
+from compute.errors import OutOfMemory
 from models.checkpoint import Weight
 from models.quant import KINDS
 
@@ -104,9 +105,15 @@ class Arena:
         self._used = 0
 
     def take(self, size: int) -> Bytes:
-        """Uninitialised uint8 (size,) on a 64-byte boundary; lives as long as it is used."""
+        """Uninitialised uint8 (size,) on a 64-byte boundary; lives as long as it is used.
+
+        Raises OutOfMemory.
+        """
         if self._used + size > self._slab.size:
-            self._slab = np.empty(max(SLAB_BYTES, size + 64), dtype=np.uint8)
+            try:
+                self._slab = np.empty(max(SLAB_BYTES, size + 64), dtype=np.uint8)
+            except MemoryError as exc:
+                raise OutOfMemory("weights", size) from exc
             self._used = -self._slab.ctypes.data % 64
         start = self._used
         self._used += -(-size // 64) * 64
