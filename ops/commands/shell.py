@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from typing import Final
 
 import typer
+from rich.console import RenderableType
 
 from ops import shell as language
 from ops.client import ClusterClient, Target, connect
@@ -34,47 +34,60 @@ async def _shell(whom: Target) -> bool:
         functions = language.Functions(client)
         if sys.stdin.isatty() and sys.stdout.isatty():
             note(f"Shell on {client.name}. help() lists the functions, Tab completes, exit leaves.")
-            await _lines(functions, Terminal(whom, client), stoppable=True)
+            session = Session(functions, Terminal(whom, client))
+            with on_interrupt(session.stop):
+                await session.run()
             return True
-        return await _lines(functions, Pipe(), stoppable=False)
+        return await Session(functions, Pipe()).run()
 
 
-async def _lines(functions: language.Functions, reader: Reader, *, stoppable: bool) -> bool:
-    """Read and do lines until the end; whether the last one was done."""
-    done = True
-    while True:
+class Session:
+    """Reads and does lines until they end."""
+
+    def __init__(self, functions: language.Functions, reader: Reader) -> None:
+        self._functions, self._reader = functions, reader
+        self._doing: asyncio.Future[RenderableType | None] | None = None
+
+    def stop(self) -> None:
+        """Ctrl-C: end the waiting for the line that is being done, and not the shell."""
+        if self._doing is not None:
+            self._doing.cancel()
+
+    async def run(self) -> bool:
+        """Whether the last line was done."""
+        done = True
+        while True:
+            try:
+                line = (await self._reader.read()).strip()
+            except KeyboardInterrupt:
+                continue  # it took back the line
+            except EOFError:
+                return done
+            if line.removesuffix("()") in language.LEAVE:
+                return done
+            if line and not line.startswith("#"):
+                done = await self._do(line)
+
+    async def _do(self, line: str) -> bool:
+        """One line and what it shows."""
+        self._doing = doing = asyncio.ensure_future(language.run_line(self._functions, line))
         try:
-            line = (await reader.read()).strip()
-        except KeyboardInterrupt:
-            continue  # it took back the line
-        except EOFError:
-            return done
-        if line in language.LEAVE or line.removesuffix("()") in language.LEAVE:
-            return done
-        if line and not line.startswith("#"):
-            done = await _do(functions, line, stoppable)
-
-
-async def _do(functions: language.Functions, line: str, stoppable: bool) -> bool:
-    """One line and what it shows; Ctrl-C ends the waiting for it and not the shell."""
-    doing = asyncio.ensure_future(language.run_line(functions, line))
-    try:
-        with on_interrupt(doing.cancel) if stoppable else contextlib.nullcontext():
             await asyncio.wait([doing])
-    finally:
-        doing.cancel()
-    if doing.cancelled():
-        note("(stopped)")
-        return False
-    try:
-        shown = doing.result()
-    except OpsError as exc:
-        note(f"error: {str(exc).replace(chr(10), ' ')}")
-        return False
-    if shown is not None:
-        console().print(shown)
-        sys.stdout.flush()
-    return True
+        finally:
+            doing.cancel()
+            self._doing = None
+        if doing.cancelled():
+            note("(stopped)")
+            return False
+        try:
+            shown = doing.result()
+        except OpsError as exc:
+            note(f"error: {' '.join(str(exc).splitlines())}")
+            return False
+        if shown is not None:
+            console().print(shown)
+            sys.stdout.flush()
+        return True
 
 
 class Terminal:
