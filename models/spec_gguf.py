@@ -124,10 +124,10 @@ def from_gguf(file: GgufFile, tensor_names: Collection[str] | None = None) -> Mo
         vocab = embeddings.shape[0]  # padded vocabularies have more rows than tokens
     eps = file.number(f"{name}.attention.layer_norm_rms_epsilon")
     rope = _rope(file, name, file.integer(f"{name}.rope.dimension_count") or head_dim)
-    scale = (hidden / num_heads if num_layers == arch.wide_layers else head_dim) ** -0.5
+    factor = 1.0
     if latent is not None:
         rope, factor = tempered(file, name, rope)
-        scale *= factor
+    wide = num_layers == arch.wide_layers
     window = file.integer(f"{name}.attention.sliding_window") or None
     pattern = file.metadata.get(f"{name}.attention.sliding_window_pattern")
     period = pattern if isinstance(pattern, int) and pattern > 0 else arch.window_pattern
@@ -157,7 +157,7 @@ def from_gguf(file: GgufFile, tensor_names: Collection[str] | None = None) -> Mo
                 None if period and (layer + 1) % period == 0 else window
                 for layer in range(num_layers)
             ),
-            attention_scale=scale,
+            attention_scale=(hidden / num_heads if wide else head_dim) ** -0.5 * factor,
             attention_softcap=file.number(f"{name}.attn_logit_softcapping") or None,
             logit_softcap=file.number(f"{name}.final_logit_softcapping") or None,
             embedding_scale=hidden**0.5 if arch.scaled_embeddings else 1.0,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import CorruptModel, UnsupportedModel
+from models.layout import expected_tensors
 from models.quant import to_float32
 from models.quantization_hf import Quantization
 from models.row_order import latent_order
@@ -77,6 +78,8 @@ def canonical_weights(
             raise CorruptModel(tensor.path, "fp8 without its weight_scale_inv", tensor=name)
         data = tensor.data.reshape(tensor.shape[0], -1)
         found[name] = Weight(name, tensor.shape, kind, data, order)
+    if quantization is not None and quantization.method == "gptq":
+        _drop_empty_biases(found, spec)
     return found
 
 
@@ -118,6 +121,14 @@ def _stacked(name: str, tensor: StoredTensor) -> dict[str, Weight]:
         for expert in range(count)
         for place, into in enumerate(joined)
     }
+
+
+def _drop_empty_biases(found: dict[str, Weight], spec: ModelSpec) -> None:
+    """AutoGPTQ writes a bias of zeros for each linear that has none."""
+    expected = expected_tensors(spec)
+    for name in [name for name in found if name.endswith(".bias") and name not in expected]:
+        if not found[name].dequantize().any():
+            del found[name]
 
 
 def _packed(
