@@ -194,4 +194,4 @@ def join(
         return NcclGroup.join(rendezvous, device=device, listener=listener)
     from compute.collectives_mlx import MlxGroup
 
-    return MlxGroup.join(rendezvous)
+    return MlxGroup.join(rendezvous, listener=listener)

@@ -18,6 +18,7 @@ done is kept in ``state``. Only this module knows addresses; those here are plai
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -400,11 +401,6 @@ def receive(
 
 def compile_all() -> None:
     """Compile the entries, or find them compiled: so that no operation has to."""
-    for kernel, num_arguments in (
-        (all_reduce, 8),
-        (all_gather, 10),
-        (broadcast, 9),
-        (send, 9),
-        (receive, 9),
-    ):
-        kernel.compile((types.int64,) * num_arguments)  # type: ignore[attr-defined]
+    for kernel in (all_reduce, all_gather, broadcast, send, receive):
+        compiled: Any = kernel
+        compiled.compile((types.int64,) * len(inspect.signature(compiled.py_func).parameters))

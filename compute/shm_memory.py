@@ -134,7 +134,6 @@ def _hand_out(name: str, hello: Mapping[str, Any], deadline_s: float) -> Memory:
             ) from exc
         listener.listen(len(others) + 8)
         joined: dict[int, socket.socket] = {}
-        stack.callback(lambda: [connection.close() for connection in joined.values()])
         while missing := others - set(joined):
             _await_newcomer(listener, joined, missing, deadline_s)
             connection, _ = listener.accept()
@@ -142,7 +141,7 @@ def _hand_out(name: str, hello: Mapping[str, Any], deadline_s: float) -> Memory:
             if rank is None:
                 connection.close()
             else:
-                joined[rank] = connection
+                joined[rank] = stack.enter_context(connection)
         fd = _make(hello["size"])
         try:
             for rank, connection in joined.items():

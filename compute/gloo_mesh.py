@@ -1,0 +1,86 @@
+"""Messages between ranks of any hosts over TCP: gloo's transport, without its collectives.
+
+Single messages tell exactly which peer failed, which gloo's collectives do not; and they leave
+the order of sums to us.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from compute.collectives import Rendezvous
+from compute.errors import PeerLost
+from compute.rendezvous_store import family, meet, reason
+
+dist: Any = torch.distributed  # parts of it are not in its type information
+Work = Any
+
+
+class GlooMesh:
+    """A connection between every two ranks. Messages of one pair and tag keep their order."""
+
+    def __init__(self, rendezvous: Rendezvous, *, listener: socket.socket | None = None) -> None:
+        """Meet the others. Raises PeerLost, JoinRefused."""
+        self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
+        self.epoch = rendezvous.epoch
+        self._store, self._group = None, None
+        deadline_s = time.monotonic() + rendezvous.timeout_s
+        try:
+            self._store, prefix = meet(rendezvous, deadline_s, listener)
+            self._group = _connect(dist.PrefixStore(f"{prefix}/gloo", self._store), rendezvous)
+        except RuntimeError as exc:  # torch's own: a peer went away between two steps
+            raise PeerLost(-1, f"joining failed: {reason(exc)}") from exc
+        finally:
+            if self._group is None:
+                self.close()
+
+    def send(self, x: torch.Tensor, to: int, tag: int) -> Work:
+        """Start to send a contiguous CPU tensor; it must not change before ``finish``."""
+        return self._start("send", x, to, tag)
+
+    def receive(self, x: torch.Tensor, source: int, tag: int) -> Work:
+        """Start to fill a contiguous CPU tensor."""
+        return self._start("recv", x, source, tag)
+
+    def _start(self, name: str, x: torch.Tensor, peer: int, tag: int) -> Work:
+        if self._group is None:
+            raise PeerLost(self.rank, "this rank has left the group")
+        try:
+            return getattr(self._group, name)([x], peer, tag)
+        except RuntimeError as exc:
+            raise PeerLost(peer, reason(exc)) from exc
+
+    def finish(self, work: Work, peer: int, deadline_s: float) -> None:
+        """Wait for a message. Raises PeerLost."""
+        left_s = max(0.001, deadline_s - time.monotonic())  # 0 would mean for ever
+        try:
+            work.wait(timedelta(seconds=left_s))
+        except RuntimeError as exc:
+            raise PeerLost(peer, reason(exc)) from exc
+
+    def close(self) -> None:
+        """Close all connections: peers that wait for this rank notice at once."""
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
+        self._store = None
+
+
+def _connect(store: Any, rendezvous: Rendezvous) -> Any:
+    """Gloo's process group, on the network interface that leads to rank 0."""
+    gloo: Any = dist.ProcessGroupGloo
+    host, tcp_port = rendezvous.address
+    if rendezvous.rank != 0:
+        with socket.socket(family(host), socket.SOCK_DGRAM) as probe:
+            probe.connect((host, tcp_port))  # sends nothing
+            host = probe.getsockname()[0]
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=rendezvous.timeout_s)
+    return gloo(store, rendezvous.rank, rendezvous.world_size, options)
