@@ -37,7 +37,7 @@ class TorchCache:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return int(2 * self.keys.numel() * self.keys.element_size())
 
 
 class Decoder:
