@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from models.layout import expected_tensors
 from models.legal import GROUP, check, num_blocks, unit_for
@@ -32,6 +32,38 @@ class Units:
     expert_ffn: int = GROUP
     shared_ffn: int = GROUP
     vocab: int = GROUP
+
+
+class Blocked(Protocol):
+    """What is asked of a tensor: how many columns are stored together."""
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of a block."""
+        ...
+
+
+class Stored(Protocol):
+    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
+
+    def tensor(self, name: str) -> Blocked:
+        """One weight by canonical name."""
+        ...
+
+
+def units_of(spec: ModelSpec, checkpoint: Stored) -> Units:
+    """Units that leave every stored block intact: 32, or 256 where an MLP is in a K-quant.
+
+    Only headers are read.
+    """
+    sizes = {"mlp": GROUP, "experts": GROUP, "shared_experts": GROUP}
+    for name in expected_tensors(spec):
+        if name.endswith("down_proj.weight"):
+            part = next(
+                part for part in ("experts", "shared_experts", "mlp") if f".{part}." in name
+            )
+            sizes[part] = math.lcm(sizes[part], checkpoint.tensor(name).block_columns)
+    return Units(ffn=sizes["mlp"], expert_ffn=sizes["experts"], shared_ffn=sizes["shared_experts"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

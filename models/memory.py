@@ -1,0 +1,150 @@
+"""How much memory a rank needs: weights, keys and values, workspace. Pure; nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from models.plans import slices_of
+from models.sharding import RankShard
+from models.spec import ModelSpec
+
+
+class StoredAs(Protocol):
+    """What is asked of a tensor: its storage format."""
+
+    @property
+    def kind(self) -> str:
+        """A key of ``models.quant.KINDS``, or a format of ``models.weights_hf``."""
+        ...
+
+
+class Stored(Protocol):
+    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
+
+    def tensor(self, name: str) -> StoredAs:
+        """One weight by canonical name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """A model that is not there yet, taken to be stored in one format throughout."""
+
+    kind: str
+
+    def tensor(self, name: str) -> Assumed:
+        """Any weight."""
+        del name
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How an engine keeps matrices; vectors are always float32.
+
+    Attributes:
+        bytes_per_weight: by storage format, scales included.
+        otherwise: bytes of a weight in a format that is not listed.
+        tile: rows and columns are rounded up to multiples of these.
+        group: a format of blocks stays packed where both ends of a column cut are multiples of
+            this; else it takes ``otherwise``.
+        plain: formats without blocks, which any cut leaves as they are.
+    """
+
+    bytes_per_weight: Mapping[str, float] = field(default_factory=dict)
+    otherwise: float = 4.0
+    tile: tuple[int, int] = (1, 1)
+    group: int = 1
+    plain: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+
+    def matrix_bytes(self, kind: str, rows: slice, columns: slice) -> int:
+        """Bytes of a part of a matrix."""
+        height, width = self.tile
+        start, stop = int(columns.start), int(columns.stop)
+        tall = math.ceil(int(rows.stop - rows.start) / height) * height
+        wide = math.ceil((stop - start) / width) * width
+        intact = kind in self.plain or not (start % self.group or stop % self.group)
+        size = self.bytes_per_weight.get(kind, self.otherwise) if intact else self.otherwise
+        return math.ceil(tall * wide * size)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that one rank will hold when every slot is full."""
+
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+
+def estimate(
+    spec: ModelSpec,
+    checkpoint: Stored,
+    shard: RankShard,
+    *,
+    context_tokens: int,
+    num_slots: int,
+    kv_bytes_per_element: float,
+    workspace_bytes: int,
+    packing: Packing,
+    page_tokens: int = 1,
+    latent_cached: bool = True,
+) -> MemoryEstimate:
+    """Memory of one rank.
+
+    Args:
+        spec: the model.
+        checkpoint: says how each weight is stored; ``Assumed`` where there is none yet.
+        shard: what the rank holds.
+        context_tokens, num_slots: positions of a slot, and slots.
+        kv_bytes_per_element: of the engine's cache.
+        workspace_bytes: the engine's buffers and position tables.
+        packing: how the engine keeps weights.
+        page_tokens: a slot's positions are rounded up to multiples of this.
+        latent_cached: latent attention keeps its latent vector instead of every head's keys and
+            values.
+
+    Raises:
+        ValueError: a size that is not positive.
+        models.plans.UnmatchedWeight: the family's plan lacks a weight.
+    """
+    if min(context_tokens, num_slots, page_tokens) < 1 or workspace_bytes < 0:
+        raise ValueError(
+            f"context_tokens={context_tokens}, num_slots={num_slots} and page_tokens="
+            f"{page_tokens} must be positive, workspace_bytes={workspace_bytes} not negative"
+        )
+    weights_bytes = 0
+    for name, part in slices_of(spec, shard).items():
+        if len(part) == 1:
+            size = math.ceil((part[0].stop - part[0].start) / packing.tile[1]) * packing.tile[1]
+            weights_bytes += 4 * size
+        else:
+            weights_bytes += packing.matrix_bytes(checkpoint.tensor(name).kind, *part)
+    tokens = math.ceil(context_tokens / page_tokens) * page_tokens * num_slots
+    elements = kv_elements(spec, shard, latent_cached=latent_cached) * tokens
+    return MemoryEstimate(
+        weights_bytes, math.ceil(elements * kv_bytes_per_element), workspace_bytes
+    )
+
+
+def kv_elements(spec: ModelSpec, shard: RankShard, *, latent_cached: bool = True) -> int:
+    """Numbers that a rank remembers of each token, over its layers.
+
+    A latent vector serves all heads, so every rank of a tensor group has it whole.
+    """
+    latent = spec.latent
+    if latent is None:
+        a_layer = 2 * len(shard.kv_heads) * spec.head_dim
+    elif latent_cached:
+        a_layer = latent.kv_rank + latent.rope_dim
+    else:
+        a_layer = len(shard.query_heads) * (spec.head_dim + latent.v_dim)
+    return a_layer * len(shard.layers)
