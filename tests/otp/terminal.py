@@ -1,4 +1,4 @@
-"""A stock emulator on a terminal of its own, as a person sees it."""
+"""A program, or a stock emulator, on a terminal of its own, as a person sees it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ import pty
 import re
 import struct
 import termios
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Self
 
 from tests.otp.stock import Otp, kill_group
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x07\x08\r]")
 
 
-class Terminal:
-    """``async with Terminal(otp, port, *args) as screen``; ``seen`` is all that was shown."""
+class Screen:
+    """``async with Screen(argv, env) as screen``; ``seen`` is all that was shown."""
 
-    def __init__(self, otp: Otp, epmd_port: int, *args: str) -> None:
-        self._otp, self._epmd_port, self._args = otp, epmd_port, args
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self._argv, self._env = argv, env
         self.seen = ""
         self._unread = ""
         self._more = asyncio.Event()
 
-    async def __aenter__(self) -> Terminal:
+    async def __aenter__(self) -> Self:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
         self._child = await asyncio.create_subprocess_exec(
-            *(str(self._otp.erl), "-start_epmd", "false", *self._args),
+            *self._argv,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=self._otp.environment(self._epmd_port) | {"TERM": "xterm"},
+            env={**self._env, "TERM": "xterm"},
             start_new_session=True,
         )
         os.close(slave)
@@ -79,6 +81,14 @@ class Terminal:
         os.write(self._master, text.encode())
 
     async def ended(self, timeout_s: float = 20.0) -> int:
-        """Wait for the emulator's end; its exit status."""
+        """Wait for the program's end; its exit status."""
         async with asyncio.timeout(timeout_s):
             return await self._child.wait()
+
+
+class Terminal(Screen):
+    """``async with Terminal(otp, port, *args) as screen``."""
+
+    def __init__(self, otp: Otp, epmd_port: int, *args: str) -> None:
+        argv = [str(otp.erl), "-start_epmd", "false", *args]
+        super().__init__(argv, otp.environment(epmd_port))
