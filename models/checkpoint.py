@@ -23,10 +23,12 @@ from models.spec_hf import from_hf_config, rotary_pairs
 from models.stored_hf import canonical_weights
 from models.tokenizer import Tokenizer
 from models.weights import Weight
+from models.weights_gguf import join
 
 __all__ = ["Checkpoint", "Weight", "open_checkpoint"]
 
 FINGERPRINT_SAMPLE_BYTES = 4096
+KEY_HALF, VALUE_HALF = ".attn_k_b.weight", ".attn_v_b.weight"
 
 
 class Checkpoint(Protocol):
@@ -148,10 +150,33 @@ class GgufCheckpoint(_Weights):
         self.chat_template = self.file.text("tokenizer.chat_template")
         found: dict[str, Weight] = {}
         for name, file in every.items():
-            if name in NOT_WEIGHTS:
+            if name in NOT_WEIGHTS or name.endswith(VALUE_HALF):
                 continue
-            found |= {weight.name: weight for weight in self._weights_of(file, name)}
+            if name.endswith(KEY_HALF):
+                weight = self._joined(every, name)
+                found[weight.name] = weight
+            else:
+                found |= {weight.name: weight for weight in self._weights_of(file, name)}
         self._check(found)
+
+    def _joined(self, every: dict[str, GgufFile], name: str) -> Weight:
+        """``kv_b_proj`` of a layer whose file has its halves apart."""
+        start = name.removesuffix(KEY_HALF)
+        other = start + VALUE_HALF
+        if other not in every:
+            raise CorruptModel(self.path, "missing, although its other half is there", tensor=other)
+        halves = []
+        for half in (name, other):
+            info = every[half].tensors[half]
+            kind = KINDS[info.kind]
+            row = info.shape[-1] // kind.block_size * kind.block_bytes
+            data = every[half].bytes_of(info).reshape(-1, row)
+            halves.append(Weight(half, info.shape, info.kind, data))
+        full = f"layers.{start.removeprefix('blk.')}.self_attn.kv_b_proj.weight"
+        try:
+            return join(full, *halves)
+        except ValueError as exc:
+            raise CorruptModel(self.path, str(exc), tensor=name) from exc
 
     def _weights_of(self, file: GgufFile, name: str) -> list[Weight]:
         """The weight of one tensor, or those of all experts that it holds."""

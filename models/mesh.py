@@ -169,6 +169,11 @@ def mesh(
     return tuple(out)
 
 
+def whole(spec: ModelSpec) -> RankShard:
+    """All of a model, for one rank."""
+    return mesh(spec, ((1,),))[0]
+
+
 def _sum(stage: Sequence[float]) -> float:
     bad = [share for share in stage if not share > 0]
     return bad[0] if bad else math.fsum(stage)  # a share that is not positive shows up by itself

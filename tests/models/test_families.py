@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -335,13 +336,26 @@ DEEPSEEK_KEYS: dict[str, Any] = {
 }
 
 
-def deepseek_gguf(path: Path, **keys: Any) -> Path:
+HALVES: dict[str, tuple[int, ...]] = {
+    "attn_k_b.weight": (4, 32, 16),
+    "attn_v_b.weight": (4, 12, 32),
+}
+
+
+def deepseek_gguf(
+    path: Path, halves: dict[str, tuple[int, ...]] | None = None, **keys: Any
+) -> Path:
+    """Write a tiny DeepSeek V3, with the halves of its ``kv_b_proj`` apart if they are given."""
     shapes = moe_shapes(DEEPSEEK)
     for part in ("gate_inp", "gate_exps", "up_exps", "down_exps"):
         del shapes[f"blk.0.ffn_{part}.weight"]
     for name in list(shapes):
         if name.startswith("blk.0.") and ("shexp" in name or "exp_probs" in name):
             del shapes[name]
+    if halves is not None:
+        for layer in range(2):
+            del shapes[f"blk.{layer}.attn_kv_b.weight"]
+            shapes |= {f"blk.{layer}.{name}": shape for name, shape in halves.items()}
     shapes |= {
         "blk.0.ffn_gate.weight": (80, 64),
         "blk.0.ffn_up.weight": (80, 64),
@@ -376,14 +390,54 @@ def test_gguf_deepseek_reads_as_data(tmp_path: Path) -> None:
     order = checkpoint.tensor("layers.1.self_attn.q_b_proj.weight").row_order
     assert order is not None
     assert order[:24].tolist() == [*range(16), 16, 18, 20, 22, 17, 19, 21, 23]
-    newer = {
-        "attention.head_count_kv": 1,
-        "attention.key_length": 40,
-        "attention.value_length": 32,
-        "attention.key_length_mla": 24,
-        "attention.value_length_mla": 12,
-    }
-    assert open_checkpoint(deepseek_gguf(tmp_path / "n.gguf", **newer)).spec == spec
+
+
+NEWER = {
+    "attention.head_count_kv": 1,
+    "attention.key_length": 40,
+    "attention.value_length": 32,
+    "attention.key_length_mla": 24,
+    "attention.value_length_mla": 12,
+}
+
+
+def test_gguf_deepseek_of_the_newer_kind_reads_the_same(tmp_path: Path) -> None:
+    older = open_checkpoint(deepseek_gguf(tmp_path / "d.gguf"))
+    path = deepseek_gguf(tmp_path / "n.gguf", HALVES, **NEWER)
+    newer = open_checkpoint(path)
+    assert newer.spec == older.spec
+    assert newer.names() == older.names()
+    weight = newer.tensor("layers.1.self_attn.kv_b_proj.weight")
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    keys = reader["blk.1.attn_k_b.weight"].data.reshape(4, 32, 16)
+    values = reader["blk.1.attn_v_b.weight"].data.reshape(4, 12, 32)
+    whole = np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(4 * 28, 32)
+    np.testing.assert_array_equal(weight.dequantize(), whole)
+    for start, stop in ((28, 84), (5, 31), (16, 28), (40, 40), (100, 112)):
+        part = weight.dequantize(slice(start, stop), slice(3, 20))
+        np.testing.assert_array_equal(part, whole[start:stop, 3:20])
+        narrow = weight.rows(slice(start, stop))
+        np.testing.assert_array_equal(narrow.dequantize(), whole[start:stop])
+    with pytest.raises(ValueError, match="JOINED has no blocks"):
+        weight.packed()
+    assert weight.size_bytes == 4 * 112 * 32
+    weight.release()
+
+
+@pytest.mark.parametrize(
+    ("halves", "says"),
+    [
+        ({"attn_k_b.weight": (4, 32, 16)}, r"blk\.\d\.attn_v_b\.weight.*missing"),
+        ({**HALVES, "attn_v_b.weight": (4, 12, 30)}, r"keys of \(4, 32, 16\) beside values"),
+        ({**HALVES, "attn_v_b.weight": (48, 32)}, "not three-dimensional"),
+        ({**HALVES, "attn_v_b.weight": (4, 13, 32)}, r"expected \(112, 32\)"),
+    ],
+)
+def test_halves_that_do_not_belong_together_are_named(
+    tmp_path: Path, halves: dict[str, tuple[int, ...]], says: str
+) -> None:
+    with pytest.raises(CorruptModel, match=says):
+        open_checkpoint(deepseek_gguf(tmp_path / "n.gguf", halves, **NEWER))
 
 
 def test_gguf_deepseek_without_a_size_is_named(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_sizes_that_cannot_be() -> None:
         )
 
 
+@pytest.mark.slow
 def test_units_come_from_the_stored_blocks(tmp_path: Path) -> None:
     tensors = llama_tensors(hidden=256, ffn=512, kind="Q4_K")
     plain = llama_tensors(hidden=256, ffn=512, kind="Q4_0")
@@ -97,6 +98,7 @@ def test_units_come_from_the_stored_blocks(tmp_path: Path) -> None:
     assert units_of(checkpoint.spec, checkpoint) == Units()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q8_0"])
 @pytest.mark.parametrize("shares", [[1, 1], [1, 1, 1], [1] * 4, [5, 1]])
 def test_parts_of_ranks_are_parts_of_the_model(
@@ -153,6 +155,7 @@ def resident_bytes(path: Path) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident pages are read from /proc")
 def test_a_rank_touches_only_its_rows_and_lets_go_of_them(tmp_path: Path) -> None:
     shape = (2048, 8192)

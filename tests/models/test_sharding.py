@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.layout import expected_tensors
 from models.legal import GROUP, IllegalShares, unit_for, validate
-from models.mesh import Costs, Units, grid, heads, mesh, stages, weight_costs
+from models.mesh import Costs, Units, grid, heads, mesh, stages, weight_costs, whole
 from models.plans import PLANS, UnmatchedWeight, rule_for, slices_of
 from models.sharding import Along, RankShard, Rule, Split, cut, whole_features
 from models.spec import ModelSpec
@@ -30,8 +30,7 @@ def smollm() -> ModelSpec:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_matches_one_rule_that_fits_its_shape(name: str) -> None:
     spec = SPECS[name]
-    (whole,) = mesh(spec, grid([1]))
-    kept = slices_of(spec, whole)
+    kept = slices_of(spec, whole(spec))
     for weight, shape in expected_tensors(spec).items():
         assert rule_for(spec.family, weight) in PLANS[spec.family].values()
         assert kept[weight] == tuple(slice(0, size) for size in shape)
@@ -54,11 +53,11 @@ def test_a_weight_without_a_rule_is_named() -> None:
 
 def test_a_rule_that_does_not_fit_its_tensor_is_an_error() -> None:
     spec = SPECS["llama"]
-    (whole,) = mesh(spec, grid([1]))
+    everything = whole(spec)
     with pytest.raises(ValueError, match="outside shape"):
-        cut(Rule(Split.SHARDED_TO_ALL, Along.FFN), (96, 64), whole, spec)
+        cut(Rule(Split.SHARDED_TO_ALL, Along.FFN), (96, 64), everything, spec)
     with pytest.raises(ValueError, match="outside shape"):
-        cut(Rule(Split.SHARDED_TO_ALL, Along.FFN), (160,), whole, spec)
+        cut(Rule(Split.SHARDED_TO_ALL, Along.FFN), (160,), everything, spec)
 
 
 def meshes(name: str, tensor: list[float], pipeline: list[float], **options: Any) -> Any:
