@@ -46,6 +46,11 @@ class NoPayload:
 
 NO_PAYLOAD: Final = NoPayload()
 
+# Plain ints: `&` with an IntFlag costs as much as all the rest.
+_EXIT_PAYLOAD: Final = int(Flag.EXIT_PAYLOAD)
+_ALTACT_SIG: Final = int(Flag.ALTACT_SIG)
+_SEND_SENDER: Final = int(Flag.SEND_SENDER)
+
 
 def to_control(message: Message, flags: int) -> tuple[tuple[Term, ...], Term]:
     """The control tuple and the term after it (or NO_PAYLOAD), as the link's flags want it."""
@@ -59,13 +64,13 @@ def to_control(message: Message, flags: int) -> tuple[tuple[Term, ...], Term]:
         case UnlinkAck(number, sender, to):
             return (36, number, sender, to), NO_PAYLOAD
         case LinkExit(sender, to, reason):
-            if flags & Flag.EXIT_PAYLOAD:
+            if flags & _EXIT_PAYLOAD:
                 return (24, sender, to), reason
             return (3, sender, to, reason), NO_PAYLOAD
         case ExitSignal(sender, to, reason, priority):
-            if flags & Flag.ALTACT_SIG and (priority or not isinstance(to, Pid)):
+            if flags & _ALTACT_SIG and (priority or not isinstance(to, Pid)):
                 return (37, _EXIT | _marks(to, priority=priority), sender, to), reason
-            if flags & Flag.EXIT_PAYLOAD:
+            if flags & _EXIT_PAYLOAD:
                 return (26, sender, to), reason
             return (8, sender, to, reason), NO_PAYLOAD
         case Monitor(sender, target, ref):
@@ -73,7 +78,7 @@ def to_control(message: Message, flags: int) -> tuple[tuple[Term, ...], Term]:
         case Demonitor(sender, target, ref):
             return (20, sender, target, ref), NO_PAYLOAD
         case MonitorDown(source, to, ref, reason):
-            if flags & Flag.EXIT_PAYLOAD:
+            if flags & _EXIT_PAYLOAD:
                 return (28, source, to, ref), reason
             return (21, source, to, ref, reason), NO_PAYLOAD
         case SpawnRequest(ref, sender, leader, module, function, arguments, options):
@@ -93,13 +98,13 @@ def _marks(to: Pid | Ref | Atom, *, priority: bool) -> int:
 def _send(message: Send | SendName | SendAlias, flags: int) -> tuple[tuple[Term, ...], Term]:
     sender, to, payload = message.sender, message.to, message.message
     alias = isinstance(to, Ref)
-    if (alias or message.priority) and flags & Flag.ALTACT_SIG and sender is not None:
+    if (alias or message.priority) and flags & _ALTACT_SIG and sender is not None:
         return (37, _marks(to, priority=message.priority), sender, to), payload
     if alias:
         return (33, sender, to), payload
     if isinstance(to, Atom):
         return (6, sender, _NO_COOKIE, to), payload
-    if flags & Flag.SEND_SENDER and sender is not None:
+    if flags & _SEND_SENDER and sender is not None:
         return (22, sender, to), payload
     return (2, _NO_COOKIE, to), payload
 

@@ -33,8 +33,8 @@ _TOO_DEEP: Final = f"term nests deeper than {MAX_DEPTH}"
 # Memos of bytes already understood: the same few atoms, pids and references come all the time.
 _atoms: dict[bytes, Term] = {}
 _identifiers: dict[bytes, Pid | Ref] = {}
-_known_atom: Final = _atoms.get
-_known_identifier: Final = _identifiers.get
+known_atom: Final = _atoms.get  # by SMALL_ATOM_UTF8_EXT
+known_identifier: Final = _identifiers.get  # by NEW_PID_EXT or NEWER_REFERENCE_EXT
 
 
 def decode_term(data: bytes, pos: int = 0, atom_table: AtomTable = ()) -> tuple[Term, int]:
@@ -82,7 +82,7 @@ def _read(
             pos += 5
         elif tag == 119:  # SMALL_ATOM_UTF8_EXT
             stop = pos + 2 + data[pos + 1]
-            atom = _known_atom(data[pos:stop])
+            atom = known_atom(data[pos:stop])
             append(_small_atom(data, pos, stop) if atom is None else atom)
             pos = stop
         elif tag == 104:  # SMALL_TUPLE_EXT
@@ -108,7 +108,7 @@ def _read(
                 stop = pos + 9 + data[pos + 4] + 4 * data[pos + 2]
             else:
                 stop = pos + 15 + data[pos + 2]
-            identifier = _known_identifier(data[pos:stop])
+            identifier = known_identifier(data[pos:stop])
             if identifier is None:
                 identifier, pos = _first_seen(data, pos, stop, atom_table)
             else:
@@ -222,7 +222,7 @@ def _first_seen(data: bytes, pos: int, stop: int, atom_table: AtomTable) -> tupl
     if data[at] != 119 or stop > len(data) or not (is_pid or 1 <= _U16(data, pos + 1)[0] <= 5):
         return _identifier(data, pos, atom_table)
     name_stop = at + 2 + data[at + 1]
-    node = _known_atom(data[at:name_stop]) or _small_atom(data, at, name_stop)
+    node = known_atom(data[at:name_stop]) or _small_atom(data, at, name_stop)
     if type(node) is not Atom:
         return _identifier(data, pos, atom_table)
     wire = data[pos:stop]

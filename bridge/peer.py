@@ -166,17 +166,21 @@ class Peer:
     def receive(self, message: Message) -> None:
         """Do what a message of this peer asks for."""
         node = self.node
+        # Nearly all messages are these, and `match` is slow.
+        if type(message) is SendName:
+            process = node.named(message.to)
+            if process is not None:
+                process.mailbox.put(message.message)
+            return
+        if type(message) is Send:
+            process = node.process(message.to)
+            if process is not None:
+                process.mailbox.put(message.message)
+            return
+        if type(message) is SendAlias:
+            node.send_to_alias(message.to, message.message)
+            return
         match message:
-            case Send(_, to, term):
-                process = node.process(to)
-                if process is not None:
-                    process.mailbox.put(term)
-            case SendAlias(_, alias, term):
-                node.send_to_alias(alias, term)
-            case SendName(_, name, term):
-                process = node.named(name)
-                if process is not None:
-                    process.mailbox.put(term)
             case Monitor():
                 self._monitored(message)
             case Demonitor(_, _, ref):

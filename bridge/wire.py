@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from typing import Final, TypeAlias
 
+from bridge import common_packets
 from bridge.control_codec import NO_PAYLOAD, check_control, from_control, to_control
 from bridge.control_messages import Message, Tick
 from bridge.dist_header import AtomCache
@@ -38,7 +39,7 @@ class Encoder:
     """Messages to packets, in the variants that ``flags`` call for."""
 
     def __init__(self, flags: int) -> None:
-        self._flags = flags
+        self._flags = int(flags)
         self._headered = bool(flags & _HEADERED)
         self._may_cut = bool(flags & Flag.FRAGMENTS)
         self._next_sequence_id = 1
@@ -51,6 +52,9 @@ class Encoder:
         Raises:
             EncodeError: a term that Erlang cannot hold; nothing is to be written.
         """
+        start = common_packets.control(message, self._flags) if self._headered else None
+        if start is not None:
+            return self._packets(start, message.message)  # type: ignore[union-attr]
         control, payload = to_control(message, self._flags)
         if not self._headered:
             body = encode_term(control, _PASS_THROUGH)
@@ -60,6 +64,9 @@ class Encoder:
         start = encode_term(control, _WHOLE + b"\0")
         if payload is NO_PAYLOAD:
             return [_LENGTH.pack(len(start)) + start]
+        return self._packets(start, payload)
+
+    def _packets(self, start: bytes, payload: Term) -> list[bytes]:
         body = encode_term(payload, start)
         if len(body) <= FRAGMENT_BYTES or not self._may_cut:
             return [_LENGTH.pack(len(body)) + body]
@@ -131,6 +138,10 @@ class Decoder:
         return bool(size > self._max_bytes or len(rest) >= 4 + size)
 
     def _packet(self, packet: bytes) -> Message | None:
+        if self._headered:
+            message = common_packets.read(packet)
+            if message is not None:
+                return message
         kind = packet[:2]
         if kind == (_WHOLE if self._headered else _PASS_THROUGH):
             atom_table: list[Term] = []
