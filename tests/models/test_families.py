@@ -200,34 +200,62 @@ def test_a_model_that_transformers_saved_opens(
 
 
 @pytest.mark.slow
-def test_rotated_rows_give_transformers_scores(tmp_path: Path) -> None:
-    """Halves of reordered rows turn as pairs of stored rows do: equal query-key products."""
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_as_the_spec_tells_it(tmp_path: Path, kind: str) -> None:
+    """Written out from spec and tensors alone, one layer's attention is that of transformers."""
     import torch
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as oracle
+    from transformers import AutoModelForCausalLM
 
-    config = made("deepseek_v3", {**FEW, **LATENT, "n_group": 1, "topk_group": 1})
-    model = oracle.DeepseekV3ForCausalLM(config)
+    options = {**LATENT, "n_group": 1, "topk_group": 1, "rope_parameters": YARN}
+    config = made(kind, {**FEW, **options, "n_shared_experts": 1})
+    config._attn_implementation = "eager"
+    model: Any = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((5, 64)).astype(np.float32)
-    angles = np.arange(5)[:, None] * inverse_frequencies(checkpoint.spec.rope)[0]
+    spec = checkpoint.spec
+    latent, length, eps = spec.latent, 7, spec.norm_eps
+    assert latent is not None
+    x = np.random.default_rng(0).standard_normal((length, 64)).astype(np.float32)
+    with torch.no_grad():
+        places = model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+        mask = torch.full((1, 1, length, length), float("-inf")).triu(1)
+        attention = model.model.layers[0].self_attn
+        out = attention(
+            hidden_states=torch.from_numpy(x)[None], position_embeddings=places, attention_mask=mask
+        )
+        expected = out[0][0].numpy()
+
+    def weight(name: str) -> Array:
+        return checkpoint.tensor(f"layers.0.self_attn.{name}.weight").dequantize()
+
+    def norm(values: Array, name: str) -> Array:
+        scale: Array = weight(name) / np.sqrt((values**2).mean(-1, keepdims=True) + eps)
+        return values * scale
+
+    frequencies, factor = inverse_frequencies(spec.rope)
+    angles = np.arange(length)[:, None] * frequencies
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
 
     def turned(values: Array) -> Array:
-        a, b = values[..., :4], values[..., 4:]
-        cos, sin = np.cos(angles), np.sin(angles)
+        half = latent.rope_dim // 2
+        a, b = values[..., :half], values[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-    joined = checkpoint.tensor("layers.0.self_attn.kv_a_proj_with_mqa.weight").dequantize()
-    keys = turned(x @ joined[32:].T)
-    stored = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.detach().numpy()
-    with torch.no_grad():
-        cos, sin = model.model.rotary_emb(torch.zeros(1, 5, 64), torch.arange(5)[None])
-        pairs = torch.from_numpy(x @ stored[32:].T)[None, None]
-        turn: Any = oracle.apply_rotary_pos_emb_interleave
-        expected, _ = turn(pairs, pairs, cos, sin)
-    whole = expected[0, 0].numpy()
-    np.testing.assert_allclose(keys @ keys.T, whole @ whole.T, atol=1e-5)
+    def by_head(values: Array) -> Array:
+        return values.reshape(length, spec.num_heads, -1).swapaxes(0, 1)
+
+    q_HLE = by_head(norm(x @ weight("q_a_proj").T, "q_a_layernorm") @ weight("q_b_proj").T)
+    q_HLE[..., latent.nope_dim :] = turned(q_HLE[..., latent.nope_dim :])
+    joined = x @ weight("kv_a_proj_with_mqa").T
+    shared = turned(joined[:, latent.kv_rank :])
+    both = norm(joined[:, : latent.kv_rank], "kv_a_layernorm") @ weight("kv_b_proj").T
+    k_HLE, v_HLE = np.split(by_head(both), [latent.nope_dim], axis=-1)
+    k_HLE = np.concatenate([k_HLE, np.broadcast_to(shared, (4, *shared.shape))], axis=-1)
+    scores = q_HLE @ k_HLE.swapaxes(1, 2) * spec.attention_scale + mask[0].numpy()
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = scores / scores.sum(-1, keepdims=True) @ v_HLE
+    found = mixed.swapaxes(0, 1).reshape(length, -1) @ weight("o_proj").T
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def gguf_tensors(shapes: dict[str, tuple[int, ...]], kind: str = "F32") -> Tensors:
