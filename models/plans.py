@@ -143,10 +143,12 @@ def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]
     A tied output layer is the embedding: its rows are then those that either use needs.
 
     Raises:
-        UnmatchedWeight: the plan has no rule for a weight of this spec.
+        UnmatchedWeight: the plan has no rule for a weight that the rank would read.
     """
     kept: dict[str, tuple[slice, ...]] = {}
     for name, shape in expected_tensors(spec).items():
+        if name.startswith("layers.") and int(name.split(".", 2)[1]) not in shard.layers:
+            continue
         numbers = [int(number) for number in _NUMBER.findall(name)]
         rule = rule_for(spec.family, name)
         part: tuple[slice, ...] | None
@@ -154,7 +156,7 @@ def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]
             rows = _embedding_rows(spec, shard)
             part = None if rows is None else (rows, slice(0, shape[1]))
         elif numbers[:1]:
-            here = numbers[0] in shard.layers and all(e in shard.experts for e in numbers[1:])
+            here = all(expert in shard.experts for expert in numbers[1:])
             part = cut(rule, shape, shard, spec) if here else None
         else:
             part = cut(rule, shape, shard, spec) if shard.is_last(spec) else None
