@@ -30,27 +30,40 @@ class Otp:
     Attributes:
         release: 25, 28, ... or UNKNOWN.
         env: what ``erl`` needs besides.
+        has_ssl: whether it can speak TLS.
     """
 
     release: int
     erl: Path
     env: tuple[tuple[str, str], ...] = ()
+    has_ssl: bool = False
 
 
-def find_otp(*, terminal: bool) -> Otp:
+def find_otp(*, terminal: bool, tls: bool = False) -> Otp:
     """The OTP to open a remote shell with. Raises BadUsage, as ``choose``."""
-    return choose(from_path(), from_wheel(), terminal=terminal)
+    return choose(from_path(), from_wheel(), terminal=terminal, tls=tls)
 
 
-def choose(on_path: Otp | None, in_wheel: Otp | None, *, terminal: bool) -> Otp:
+def choose(on_path: Otp | None, in_wheel: Otp | None, *, terminal: bool, tls: bool = False) -> Otp:
     """Pure rule: that on PATH, or where it is old that of the wheel.
 
     Args:
         terminal: whether stdin is one; OTP 25 opens no remote shell without.
+        tls: whether the node takes TLS alone.
 
     Raises:
         BadUsage: there is none, or none that is recent enough; says what to do.
     """
+    if tls:
+        found = [otp for otp in (on_path, in_wheel) if otp is not None]
+        on_path = next((otp for otp in found if otp.has_ssl), None)
+        in_wheel = None
+        if on_path is None:
+            seen = ", ".join(str(otp.erl) for otp in found) or "none"
+            raise BadUsage(
+                f"the node takes connections over TLS alone, and no Erlang here has the "
+                f"application ssl (found: {seen}). Install it; Debian's package is erlang-ssl."
+            )
     for otp in (on_path, in_wheel):
         if otp is not None and otp.release >= PIPED:
             return otp
@@ -83,9 +96,12 @@ def from_path() -> Otp | None:
     found = shutil.which("erl")
     if found is None:
         return None
-    erl = Path(found)
-    release = _release_of(erl.resolve().parents[1]) or _asked_release(erl)
-    return Otp(release, erl)
+    erl, root = Path(found), Path(found).resolve().parents[1]
+    release = _release_of(root)
+    if release is None:
+        erlang, ssl = _asked(erl)
+        return Otp(erlang, erl, has_ssl=ssl)
+    return Otp(release, erl, has_ssl=_has_ssl(root))
 
 
 def from_wheel() -> Otp | None:
@@ -102,7 +118,7 @@ def from_wheel() -> Otp | None:
     env = {"ERL_ROOTDIR": str(root)}
     if sys.platform != "win32":
         env["TERMINFO_DIRS"] = os.environ.get("TERMINFO_DIRS", TERMINFO_DIRS)
-    return Otp(release, erl, tuple(env.items()))
+    return Otp(release, erl, tuple(env.items()), _has_ssl(root))
 
 
 def _release_of(root: Path) -> int | None:
@@ -112,9 +128,15 @@ def _release_of(root: Path) -> int | None:
     return max((int(name) for name in names if name.isascii() and name.isdigit()), default=None)
 
 
-def _asked_release(erl: Path) -> int:
-    """For an ``erl`` that is a script of some version manager; UNKNOWN if it does not tell."""
-    expression = "io:put_chars(erlang:system_info(otp_release)), halt()."
+def _has_ssl(root: Path) -> bool:
+    return any(root.glob("lib/ssl-*"))
+
+
+def _asked(erl: Path) -> tuple[int, bool]:
+    """Release and ``has_ssl`` of an ``erl`` that is a script of some version manager."""
+    expression = (
+        'io:format("~s ~w", [erlang:system_info(otp_release), is_list(code:lib_dir(ssl))]), halt().'
+    )
     try:
         told = subprocess.run(
             [str(erl), "-noshell", "-boot", "start_clean", "-eval", expression],
@@ -123,10 +145,11 @@ def _asked_release(erl: Path) -> int:
             text=True,
             timeout=ASK_S,
             check=False,
-        ).stdout.strip()
+        ).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
-        return UNKNOWN
-    return int(told) if told.isascii() and told.isdigit() else UNKNOWN
+        return UNKNOWN, False
+    known = len(told) == 2 and told[0].isascii() and told[0].isdigit()
+    return (int(told[0]), told[1] == "true") if known else (UNKNOWN, False)
 
 
 def _make_runnable(root: Path) -> None:

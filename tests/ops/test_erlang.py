@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,17 @@ def test_what_is_said_when_there_is_none(release: int | None, terminal: bool, wh
 
 
 @pytest.mark.parametrize(
-    ("script", "release"),
-    [("echo 27", 27), ("echo R16B03", UNKNOWN), ("exit 1", UNKNOWN), (None, None)],
+    ("script", "expected"),
+    [
+        ("echo 27 true", Otp(27, Path("erl"), has_ssl=True)),
+        ("echo 26 false", Otp(26, Path("erl"))),
+        ("echo R16B03 true", Otp(UNKNOWN, Path("erl"))),
+        ("exit 1", Otp(UNKNOWN, Path("erl"))),
+        (None, None),
+    ],
 )
 def test_an_erl_that_is_a_script_is_asked(
-    script: str | None, release: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str | None, expected: Otp | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -66,7 +73,15 @@ def test_an_erl_that_is_a_script_is_asked(
         erl.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
     found = from_path()
-    assert (found and found.release) == release
+    assert (found and replace(found, erl=Path("erl"))) == expected
+
+
+def test_tls_needs_an_otp_with_ssl() -> None:
+    with_ssl = Otp(25, Path("/opt/bin/erl"), has_ssl=True)
+    assert choose(with_ssl, WHEEL, terminal=True, tls=True) == with_ssl
+    with pytest.raises(BadUsage, match=r"erlang-ssl") as caught:
+        choose(on_path(27), WHEEL, terminal=True, tls=True)
+    assert "found: /opt/bin/erl, wheel/erl" in str(caught.value)
 
 
 def test_an_installation_tells_by_its_files(

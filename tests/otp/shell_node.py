@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge import gen_server
@@ -18,7 +18,9 @@ from bridge.term import Atom, Pid, Term
 from control import supervisor
 from control.spec import ChildSpec, ChildType, SupSpec
 from ops import erlang_shell
+from ops.config import Tls
 from ops.home import Home, RunInfo, open_home
+from ops.tls_files import prepare
 from tests.ops import ctl_node
 from tests.otp.stock import free_tcp_port
 
@@ -66,10 +68,11 @@ class ShellNode:
 
 
 @contextlib.asynccontextmanager
-async def shell_node(root: Path) -> AsyncIterator[ShellNode]:
+async def shell_node(root: Path, *, tls: bool = False) -> AsyncIterator[ShellNode]:
     """A node that runs in this process until the block ends."""
     home = open_home(root)
-    node = Node(NAME, home.cookie())
+    files = prepare(Tls() if tls else None, home, "127.0.0.1")
+    node = Node(NAME, home.cookie(), tls=files.contexts() if files else None)
     erlang_shell.install(node)
     epmd = Epmd("127.0.0.1", free_tcp_port())
     await node.start(listen=("127.0.0.1", 0), epmd=epmd)
@@ -79,7 +82,13 @@ async def shell_node(root: Path) -> AsyncIterator[ShellNode]:
             await supervisor.start_link(me, _tree(root), name="root_sup")
             assert node.address is not None
             home.write_run(
-                RunInfo(node=NAME, url="", dist_port=node.address[1], epmd_port=epmd.tcp_port)
+                RunInfo(
+                    node=NAME,
+                    url="",
+                    dist_port=node.address[1],
+                    epmd_port=epmd.tcp_port,
+                    tls=asdict(files) if files else None,
+                )
             )
             yield ShellNode(node, home, epmd.tcp_port)
     finally:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from bridge.term import Atom, Term
+from ops.erlang import OLDEST, from_path
 from tests.otp.cluster import NEWEST, WAIT_S, each_otp, stock_node
 from tests.otp.shell_node import WORDS, ShellNode, plain_env, shell_node
 from tests.otp.stock import Erl, ErlangError, Otp
@@ -221,6 +222,22 @@ async def test_ctl_remsh_with_piped_lines(tmp_path: Path) -> None:
         status, out, err = await _piped(made.ctl("remsh"), "")
         assert status == 3
         assert "no node runs on the home" in err
+
+
+async def test_ctl_remsh_over_tls(tmp_path: Path) -> None:
+    otp = from_path()
+    if otp is None or not otp.has_ssl or otp.release < OLDEST:
+        pytest.skip("no OTP with ssl on PATH")
+    async with (
+        shell_node(tmp_path, tls=True) as made,
+        Screen(made.ctl("remsh"), plain_env()) as screen,
+    ):
+        await screen.until(PROMPT.format(1))
+        _assert_secret(made.cookie)
+        screen.type("phalanx:leader().\n")
+        assert "{ok,'n@127.0.0.1'}" in await screen.until(PROMPT.format(2))
+        screen.type("q().\n")
+        assert await screen.ended() == 0
 
 
 async def test_ctl_shell_with_piped_lines(tmp_path: Path) -> None:
