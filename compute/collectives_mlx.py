@@ -2,11 +2,12 @@
 
 The ring has no time-outs, no epochs, and a process joins it once: so a store checks the epoch
 first, every operation runs on a thread of its own that can be left behind, and after a loss the
-process must end.
+process must end. A peer that dies in the very moment of joining ends the others' processes.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -35,8 +36,9 @@ class MlxGroup:
 
     backend: Final[Backend] = "mlx"
 
-    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: _Thread) -> None:
+    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: _Thread, store: Any) -> None:
         self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
+        self._store = store  # rank 0 serves it until all have come
         self.epoch = rendezvous.epoch
         self._ring, self._thread = ring, thread
         self._lost: PeerLost | None = None
@@ -54,11 +56,10 @@ class MlxGroup:
         if len(rendezvous.ring) != rendezvous.world_size:
             raise JoinRefused("an mlx ring needs the address of every rank")
         deadline_s = time.monotonic() + rendezvous.timeout_s
-        meet(rendezvous, deadline_s, listener)
+        store, _ = meet(rendezvous, deadline_s, listener)
         _joined = True
-        thread = _Thread()
-        left_s = max(0.001, deadline_s - time.monotonic())
-        group = cls(rendezvous, thread.run(lambda: _init(rendezvous), left_s), thread)
+        ring = _init(rendezvous, max(0.001, deadline_s - time.monotonic()))
+        group = cls(rendezvous, ring, _Thread(), store)
         group.barrier(timeout_s=max(0.001, deadline_s - time.monotonic()))
         return group
 
@@ -153,16 +154,26 @@ class MlxGroup:
             raise ValueError(f"rank {self.rank} is not beside rank {rank} in the ring")
 
 
-def _init(rendezvous: Rendezvous) -> Any:
-    """Mlx reads its place from the environment and a file."""
+def _init(rendezvous: Rendezvous, timeout_s: float) -> Any:
+    """Mlx reads its place from the environment and a file.
+
+    It waits for its neighbours for ever and keeps the interpreter's lock. All ranks were here a
+    moment ago; should one be gone, nothing but the end of this process ends the wait.
+    """
     import mlx.core as mx
 
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
     with tempfile.TemporaryDirectory(prefix="phalanx-") as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"{host}:{port}"] for host, port in rendezvous.ring]))
         os.environ["MLX_RANK"] = str(rendezvous.rank)
         os.environ["MLX_HOSTFILE"] = str(hosts)
-        return mx.distributed.init(strict=True, backend="ring")
+        try:
+            return mx.distributed.init(strict=True, backend="ring")
+        except RuntimeError as exc:
+            raise PeerLost(-1, f"the ring did not close: {exc}") from exc
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class _Thread:

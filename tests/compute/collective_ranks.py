@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_S = 60.0
+START_S = 60.0  # a process that imports much on a busy machine
 _epochs = itertools.count(1)
 
 
@@ -160,8 +162,28 @@ class World:
         self.hear()
 
 
+def socket_lines(world: World) -> list[str]:
+    """Sockets of the meeting of a world: the one that listens, and what is connected to it."""
+    lines = Path("/proc/net/unix").read_text().split("\n")
+    return [line for line in lines if "phalanx-" in line and line.endswith(f"-{world.epoch}")]
+
+
 def memory_names() -> set[str]:
     """What of ours has a name in the system's shared memory or among its sockets."""
     names = {path.name for path in Path("/dev/shm").glob("*phalanx*")}
     sockets = Path("/proc/net/unix").read_text().split("\n")
     return names | {line.split()[-1] for line in sockets if "phalanx" in line}
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on just now."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(listener.getsockname()[1]) for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def now_s() -> float:
+    """The clock that all processes of a machine share."""
+    return time.monotonic()

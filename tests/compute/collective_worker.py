@@ -89,6 +89,8 @@ class Worker:
                 case "barrier":
                     group.barrier(timeout_s=timeout_s)
                 case "for_ever":  # until a peer is lost
+                    group.all_reduce_sum(given, timeout_s=20.0)
+                    print(json.dumps({"started": True}), flush=True)
                     while True:
                         group.all_reduce_sum(given, timeout_s=timeout_s)
                         x[:] = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy.typing as npt
 import pytest
 
 from compute.collectives import Rendezvous, choose_backend, join
-from compute.shm_kernels import compile_all
-from tests.compute.collective_ranks import Ranks, World, memory_names
+from tests.compute.collective_ranks import START_S, Ranks, World, memory_names, socket_lines
 from tests.compute.collective_worker import make
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,14 +21,6 @@ pytestmark = [
 
 SIZES = [1, 17, 576, 4097, 16 * 1024 + 5, 70_001]
 SHAPES_OF_HOSTS = {"shm": "aaaa", "gloo": "abcd", "hosts": "aabb"}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    compile_all()  # once, here, rather than in every process at the same time
-    pool = Ranks()
-    yield pool
-    pool.close()
 
 
 def world_of(ranks: Ranks, backend: str, count: int) -> World:
@@ -163,6 +154,7 @@ def test_a_stranger_of_the_same_epoch_is_refused(ranks: Ranks) -> None:
     processes = ranks.take(3)
     world = World(processes[:2], "shm", timeout_s=30)
     world.start_join_first()
+    wait_until(lambda: socket_lines(world), START_S, "rank 0 listens")
     processes[2].tell({"join": {**world.options, "rank": 0}})
     answer = processes[2].hear()
     assert answer["error"] == "JoinRefused", answer
