@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from compute import bench_engine
+from compute.cpu.decoder import run_step
+from compute.cpu.warm import warm_up
 from compute.engine import Engine, Row, load_engine
 from compute.errors import OutOfMemory
 from compute.kv_cache import KvCache
@@ -103,6 +105,12 @@ def test_files_that_are_no_models(tmp_path: Path, model: Path) -> None:
     cut.write_bytes(model.read_bytes()[:-1000])
     with pytest.raises(CorruptModel):
         load(cut)
+
+
+def test_what_was_warmed_up_is_what_an_engine_runs(model: Path) -> None:
+    warm_up()
+    load(model).close()
+    assert len(run_step.signatures) == 1  # type: ignore[attr-defined]
 
 
 def test_memory_is_counted_and_a_refusal_says_how_much(model: Path) -> None:
