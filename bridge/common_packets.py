@@ -7,11 +7,13 @@ both give the same messages and bytes, which a test compares.
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 from bridge.control_messages import Demonitor, Message, Monitor, Send, SendAlias, SendName
+from bridge.errors import EncodeError
 from bridge.etf import decode_term, encode_term
-from bridge.etf_decode import known_atom, known_identifier
+from bridge.etf_decode import identifier_at, known_atom, known_identifier
 from bridge.flags import Flag
 from bridge.term import Atom, Pid, Ref
 
@@ -40,7 +42,7 @@ def read(packet: bytes) -> Message | None:
         if head == _OF_4:
             return _read_4(packet)
         return _read_3(packet) if head == _OF_3 else None
-    except IndexError:
+    except (IndexError, struct.error, EncodeError):  # broken: the general codec says how
         return None
 
 
@@ -57,7 +59,7 @@ def _read_3(packet: bytes) -> Message | None:
             message, end = decode_term(packet, stop)
             return Send(sender, to, message) if end == len(packet) else None
     elif op == 33:
-        to, stop = decode_term(packet, middle)
+        to, stop = identifier_at(packet, middle)
         if type(to) is Ref:
             message, end = decode_term(packet, stop)
             return SendAlias(sender, to, message) if end == len(packet) else None
@@ -78,13 +80,17 @@ def _read_4(packet: bytes) -> Message | None:
             message, end = decode_term(packet, stop)
             return SendName(sender, name, message) if end == len(packet) else None
     elif op == 19 or op == 20:
-        target, stop = decode_term(packet, middle)
-        ref, end = decode_term(packet, stop)
+        if packet[middle] == 119:
+            stop = middle + 2 + packet[middle + 1]
+            target = known_atom(packet[middle:stop])
+        else:
+            target, stop = identifier_at(packet, middle)
+        ref, end = identifier_at(packet, stop)
         if type(ref) is Ref and (type(target) is Atom or type(target) is Pid):
             kind = Monitor if op == 19 else Demonitor
             return kind(sender, target, ref) if end == len(packet) else None
     elif op == 37 and packet[7:9] == b"a\x04":
-        to, stop = decode_term(packet, middle)
+        to, stop = identifier_at(packet, middle)
         if type(to) is Ref:
             message, end = decode_term(packet, stop)
             return SendAlias(sender, to, message) if end == len(packet) else None

@@ -215,6 +215,24 @@ def _node(data: bytes, pos: int, atom_table: AtomTable) -> tuple[Atom, int]:
     return (node if type(node) is Atom else Atom(str(node).lower())), pos
 
 
+def identifier_at(data: bytes, pos: int) -> tuple[Pid | Ref | None, int]:
+    """The identifier at ``data[pos]`` and its end; None if it is not one of the usual two kinds.
+
+    Raises:
+        DecodeError, EncodeError: it is one of them, and broken.
+        IndexError, struct.error: cut short.
+    """
+    tag = data[pos]
+    if tag == 90:
+        stop = pos + 9 + data[pos + 4] + 4 * data[pos + 2]
+    elif tag == 88:
+        stop = pos + 15 + data[pos + 2]
+    else:
+        return None, pos
+    found = known_identifier(data[pos:stop])
+    return (found, stop) if found is not None else _first_seen(data, pos, stop, ())
+
+
 def _first_seen(data: bytes, pos: int, stop: int, atom_table: AtomTable) -> tuple[Pid | Ref, int]:
     """A NEW_PID_EXT or NEWER_REFERENCE_EXT, which ends at ``stop`` if its node is as usual."""
     is_pid = data[pos] == 88

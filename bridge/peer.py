@@ -170,12 +170,12 @@ class Peer:
         if type(message) is SendName:
             process = node.named(message.to)
             if process is not None:
-                process.mailbox.put(message.message)
+                process.mailbox.put_from_peer(message.message)
             return
         if type(message) is Send:
             process = node.process(message.to)
             if process is not None:
-                process.mailbox.put(message.message)
+                process.mailbox.put_from_peer(message.message)
             return
         if type(message) is SendAlias:
             node.send_to_alias(message.to, message.message)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, overload
 
 from bridge.exit_signals import NORMAL, is_atom
-from bridge.mailbox import NOTHING, Mailbox
+from bridge.mailbox import NOTHING, Handover, Mailbox
 from bridge.process_errors import Exit, ReceiveTimeout
 from bridge.term import Atom, Pid, Ref, Term
 
@@ -161,7 +161,7 @@ class Process:
         if timeout_s is not None and timeout_s <= 0:
             raise ReceiveTimeout(timeout_s)
         self._turn = 0
-        future: asyncio.Future[Any] = self._loop.create_future()
+        future = Handover(loop=self._loop)
         self.mailbox.wait(match, future)
         timer = None
         if timeout_s is not None:
