@@ -6,7 +6,6 @@ import pytest
 
 from ops.bench import collectives
 
-
 pytestmark = pytest.mark.slow
 
 
