@@ -11,6 +11,7 @@ from bridge import tls
 from bridge.control_messages import Message, Tick
 from bridge.errors import DecodeError, HandshakeError, ProtocolError
 from bridge.handshake import SETUP_TIMEOUT_S, Acceptor, Established, Initiator
+from bridge.show import show
 from bridge.wire import TICK, Decoder, Encoder
 
 if TYPE_CHECKING:
@@ -203,17 +204,19 @@ class Connection(asyncio.BufferedProtocol):
         except (ProtocolError, DecodeError) as exc:
             self.abort(f"bad packet: {exc}")
             return
-        for event in events:
+        last = len(events) - 1
+        for number, event in enumerate(events):
             if self._peer is None:
                 return
             if type(event) is Tick:
                 self._echo()
                 continue
             try:
-                self._peer.receive(event)  # type: ignore[arg-type]  # all but ticks are messages
+                # At once only the last: whoever gets many takes turns with others.
+                self._peer.receive(event, at_once=number == last)  # type: ignore[arg-type]  # no tick
             except Exception:  # noqa: BLE001 -- our own fault: only this message is lost
                 _log.error(
-                    "a message of %s had no effect: %.500r", self.peer_name, event, exc_info=True
+                    "a message of %s had no effect: %s", self.peer_name, show(event), exc_info=True
                 )
 
     def _echo(self) -> None:

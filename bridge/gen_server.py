@@ -23,7 +23,8 @@ from bridge.process_errors import (
     ReceiveTimeout,
     StartError,
 )
-from bridge.sys_messages import reply
+from bridge.show import show
+from bridge.sys_messages import is_from, reply
 from bridge.term import Atom, ImproperList, Pid, Ref, Term
 
 if TYPE_CHECKING:
@@ -92,16 +93,16 @@ class GenServer:
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         """Answer a call: the reply, or NOREPLY and a ``reply(me, from_, term)`` later."""
-        text = f"{type(self).__name__} has no call {request!r:.200}"
+        text = f"{type(self).__name__} has no call {show(request)}"
         return (Atom("error"), Atom("unknown_call"), text.encode("utf-8", "replace"))
 
     async def handle_cast(self, message: Term) -> None:
         """Act on a cast."""
-        _log.info("%s: unknown cast %.200r", self.me, message)
+        _log.info("%s: unknown cast %s", self.me, show(message))
 
     async def handle_info(self, message: Term) -> None:
         """Act on any other message."""
-        _log.info("%s: unexpected message %.200r", self.me, message)
+        _log.info("%s: unexpected message %s", self.me, show(message))
 
     async def handle_continue(self, what: Term) -> None:
         """Go on with what ``continue_with`` was set to."""
@@ -195,7 +196,9 @@ async def _start(
 async def _serve(me: Process, server: GenServer, started: asyncio.Future[None]) -> None:
     server.me = me
     last: Term = Atom("none")
-    me.describe_state = lambda: f"{server.format_state()!r}; last message {last!r:.500}"
+    me.describe_state = lambda: (
+        f"{show(server.format_state(), 2000)}; last message {show(last, 500)}"
+    )
     try:
         await server.init(me)
     except Stop as stop:
@@ -211,6 +214,9 @@ async def _serve(me: Process, server: GenServer, started: asyncio.Future[None]) 
             last = message = await me.receive()
             if type(message) is tuple and len(message) in (2, 3) and type(message[0]) is Atom:
                 kind = message[0]
+                if kind == "$gen_call" and len(message) == 3 and not is_from(message[1]):
+                    _log.warning("%s: a call from nobody: %s", server.me, show(message))
+                    continue
                 if kind == "$gen_call" and len(message) == 3:
                     await _handle_call(server, message[1], message[2])
                     continue

@@ -24,6 +24,7 @@ from bridge.process import Process
 from bridge.process_errors import CallError, Exit
 from bridge.rpc import ErlangError, Throw
 from bridge.runner import crash_reason
+from bridge.show import show
 from bridge.sys_messages import chars
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
@@ -194,7 +195,7 @@ class _Session:
             case ("eof", _) | "eof" | ("error", _):
                 return False
             case other:
-                _log.info("%s answers a prompt with %.200r", self._leader.node, other)
+                _log.info("%s answers a prompt with %s", self._leader.node, show(other))
                 return False
 
     async def _evaluate(self, expressions: Term) -> tuple[str, bool]:

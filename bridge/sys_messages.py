@@ -11,7 +11,7 @@ from typing import Final
 from bridge.exit_signals import is_atom
 from bridge.process import Process
 from bridge.process_errors import Exit
-from bridge.term import Atom, ImproperList, Ref, Term
+from bridge.term import Atom, ImproperList, Pid, Ref, Term
 
 OK: Final = Atom("ok")
 ERROR: Final = Atom("error")
@@ -39,9 +39,18 @@ def reply(me: Process, from_: Term, term: Term) -> None:
         to = tag.tail
     elif isinstance(tag, list) and tag:
         head = tag[0]
-    if isinstance(head, ImproperList) and is_atom(head.items[0], "alias"):
+    if (
+        isinstance(head, ImproperList)
+        and is_atom(head.items[0], "alias")
+        and isinstance(head.tail, Ref)
+    ):
         to = head.tail
     me.send(to, (tag, term))
+
+
+def is_from(from_: Term) -> bool:
+    """Whether ``from_`` is ``{Pid, Tag}``: somebody that an answer can be sent to."""
+    return type(from_) is tuple and len(from_) == 2 and type(from_[0]) is Pid
 
 
 def is_system(message: Term) -> bool:
@@ -50,8 +59,7 @@ def is_system(message: Term) -> bool:
         type(message) is tuple
         and len(message) == 3
         and is_atom(message[0], "system")
-        and type(message[1]) is tuple
-        and len(message[1]) == 2
+        and is_from(message[1])
     )
 
 

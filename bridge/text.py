@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bridge.show import show
 from bridge.term import Term
 
 
 def text_of(value: Term) -> str:
-    """``value`` as text: UTF-8 binary, atom, str or character list; else its ``repr``.
+    """``value`` as text: UTF-8 binary, atom, str or character list; else shown shortly.
 
     Bytes that are not UTF-8 become replacement characters: this is for people to read.
     """
@@ -18,4 +19,4 @@ def text_of(value: Term) -> str:
         case list() if value and all(isinstance(c, int) and 0 <= c < 0x110000 for c in value):
             return "".join(map(chr, value))
         case _:
-            return repr(value)
+            return show(value)

@@ -32,7 +32,7 @@ class EngineThread:
     def __init__(self, *, emit: Emit, on_crash: Callable[[BaseException], None]) -> None:
         self._emit = emit
         self._on_crash = on_crash
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self.steps = 0  # progress counter, read by the beat
         self.busy = False  # True while a command or a step runs
@@ -40,12 +40,6 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
-
-    def stop(self, timeout_s: float) -> bool:
-        """Ask the thread to end after the current step; say whether it did in time."""
-        self._commands.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def run(self, job: Callable[[], R]) -> Future[R]:
         """Run ``job`` on the engine thread, between steps."""
@@ -81,7 +75,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._drain():
+            while True:
+                self._drain()
                 if self._worker is not None and not self._worker.idle:
                     self.busy = True
                     events = self._worker.step()
@@ -91,7 +86,7 @@ class EngineThread:
         except BaseException as exc:  # noqa: BLE001 - reported; the port ends on it
             self._on_crash(exc)
 
-    def _drain(self) -> bool:
+    def _drain(self) -> None:
         """Run waiting commands; block for one when there is nothing to step."""
         idle = self._worker is None or self._worker.idle
         while True:
@@ -100,9 +95,7 @@ class EngineThread:
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
-                return True
-            if command is None:
-                return False
+                return
             self.busy = True
             command()
             self.steps += 1

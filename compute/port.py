@@ -39,6 +39,7 @@ def main() -> None:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    logging.getLogger("bridge.net_kernel").setLevel(logging.WARNING)  # it dials often when orphaned
     settings = PortSettings.read(sys.stdin.buffer)
     status = asyncio.run(_run(settings))
     sys.stderr.flush()

@@ -9,9 +9,10 @@ cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done`
 cast ``{cancel, Ref}``                                  the request ends as ``cancelled``
 cast ``{own, Pid}``                                     beats go to ``Pid`` from now on
 cast ``stop``                                           the port ends
+sends ``{admitted, Ref}``                              to the requester, before its first step
 sends ``{token, Ref, Index, Id, LogProb, Top}``         to the requester
 sends ``{done, Ref, Reason, Text}``                     to the requester
-sends ``{beat, Port, Steps, Busy, Active, Bytes}``      to the owner
+sends ``{beat, Port, Steps, Busy, Bytes}``              to the owner
 sends ``{load_progress, Port, Done, Total}``            to the owner
 ======================================================  =====================================
 
@@ -21,8 +22,8 @@ A requester is monitored: when it dies, its requests are cancelled.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer, Stop
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
 from compute.engine_thread import EngineThread, Event
 from compute.requests import BadRequest, LoadOrder, to_submit
 from compute.worker import Token, Worker
+
+log = logging.getLogger("compute.port")
 
 
 @dataclass(slots=True)
@@ -68,14 +72,7 @@ class PortServer(GenServer):
 
     def describe(self) -> dict[Any, Term]:
         """What the port says of itself when it meets its owner, new or old."""
-        order = self.order
-        return {
-            Atom("port_id"): self.port_id,
-            Atom("os_pid"): os.getpid(),
-            Atom("instance"): order.instance if order else Atom("undefined"),
-            Atom("rank"): order.rank if order else -1,
-            Atom("fingerprint"): order.fingerprint() if order and self.facts else "",
-        }
+        return {Atom("port_id"): self.port_id}
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
@@ -91,7 +88,7 @@ class PortServer(GenServer):
             case ("submit", Pid() as requester, Ref() as ref, dict(options)):
                 self._submit(requester, ref, options)
             case ("cancel", Ref() as ref):
-                self._thread.cancel(ref)
+                self._cancel(ref)
             case ("own", Pid() as owner):
                 self.owner = owner
             case "stop":
@@ -104,7 +101,7 @@ class PortServer(GenServer):
             case ("DOWN", Ref() as monitor, "process", _, _):
                 for ref, live in list(self._live.items()):
                     if live.monitor == monitor:
-                        self._thread.cancel(ref)
+                        self._cancel(ref)
             case _:
                 await super().handle_info(message)
 
@@ -118,7 +115,6 @@ class PortServer(GenServer):
                     self.me.pid,
                     self._thread.steps,
                     self._thread.busy,
-                    len(self._live),
                     self._process.memory_info().rss,
                 ),
             )
@@ -156,7 +152,12 @@ class PortServer(GenServer):
             device=order.device or None,
             on_progress=self._from_thread(self._progress),
         )
-        self._thread.set_worker(Worker(engine, prefill_chunk_tokens=order.prefill_chunk_tokens))
+        worker = Worker(
+            engine,
+            prefill_chunk_tokens=order.prefill_chunk_tokens,
+            on_admitted=self._from_thread(self._admitted),
+        )
+        self._thread.set_worker(worker)
         spec = engine.spec
         return {
             Atom("device"): engine.device,
@@ -173,7 +174,7 @@ class PortServer(GenServer):
             gen_server.reply(self.me, from_, (Atom("ok"), dict(self.facts)))
             return
         self.order = None
-        kind = getattr(error, "kind", None) or _snake(type(error).__name__)
+        kind = getattr(error, "kind", None) or "load_failed"
         gen_server.reply(self.me, from_, (Atom("error"), Atom(kind), str(error)))
 
     def _progress(self, done: int, total: int) -> None:
@@ -185,11 +186,26 @@ class PortServer(GenServer):
     def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
         try:
             request = to_submit(ref, options)
-        except BadRequest as exc:
+        except ValueError as exc:  # BadRequest, and what the sampler refuses
             self.me.send(requester, (Atom("done"), ref, Atom("error"), str(exc)))
             return
+        log.debug("%s admitted", text_of(options.get("request_id", "")))
         self._live[ref] = _Live(requester, self.me.monitor(requester))
         self._thread.submit(request)
+
+    def _cancel(self, ref: Ref) -> None:
+        live = self._live.pop(ref, None)
+        if live is not None:
+            self.me.demonitor(live.monitor)
+            self._thread.cancel(ref)
+            self.me.send(live.requester, (Atom("done"), ref, Atom("cancelled"), ""))
+
+    def _admitted(self, refs: Sequence[Hashable]) -> None:
+        """These are in a step from now on: if the rank dies of it, one of them may be why."""
+        for ref in refs:
+            live = self._live.get(ref)  # type: ignore[call-overload]  # ids are Refs here
+            if live is not None:
+                self.me.send(live.requester, (Atom("admitted"), ref))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -233,7 +249,3 @@ def _import_engine() -> None:
     from compute.engine import warm_up
 
     warm_up()
-
-
-def _snake(name: str) -> str:
-    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")

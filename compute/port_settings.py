@@ -35,7 +35,7 @@ class PortSettings:
     cookie: str
     epmd_port: int
     tls: TlsFiles | None = None
-    orphan_s: float = 8.0
+    orphan_s: float = 9.0
     beat_s: float = 0.25
 
     def __repr__(self) -> str:  # the cookie never reaches a log

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from bridge.show import show
 from bridge.term import Ref, Term
 from bridge.text import text_of
 from compute.sampler import SamplingParams
@@ -59,6 +60,7 @@ class LoadOrder:
 class _SubmitOrder:
     prompt: list[int]
     max_tokens: int
+    request_id: str = ""  # for logs only
     generated: tuple[int, ...] | list[int] = ()
     temperature: float = 1.0
     top_p: float = 1.0
@@ -113,7 +115,7 @@ def _checked(cls: type, options: Mapping[Any, Term]) -> dict[str, Any]:
         kind = str(known[name].type)
         allowed = _KINDS.get(kind, (list, tuple))
         if not isinstance(value, allowed) or isinstance(value, bool):
-            raise BadRequest(f"{name}: expected {kind}, got {value!r:.80}")
+            raise BadRequest(f"{name}: expected {kind}, got {show(value, 80)}")
         found[name] = text_of(value) if kind == "str" else value
     missing = [n for n, f in known.items() if n not in found and f.default is f.default_factory]
     if missing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from compute.errors import BadLogits
 
 FloatArray = npt.NDArray[np.float32]
 _WORD = (1 << 64) - 1
+MIN_TEMPERATURE: Final = 1e-6  # below it nothing but the peak has any weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class SamplingParams:
         """Refuse values without a meaning. Raises ValueError naming the field."""
         checks = {
             "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
+            "top_p": 0 <= self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
@@ -151,8 +152,9 @@ def _draw(scores: FloatArray, params: SamplingParams, index: int) -> int:
     if 0 < params.top_k < scores.shape[0]:
         at = scores.shape[0] - params.top_k
         kept = np.flatnonzero(scores >= np.partition(scores, at)[at])
-    weights = scores[kept].astype(np.float64) / params.temperature
-    weights = np.exp(weights - weights.max())
+    weights = scores[kept].astype(np.float64)
+    # The peak goes first: a tiny temperature would make every quotient infinite.
+    weights = np.exp((weights - weights.max()) / max(params.temperature, MIN_TEMPERATURE))
     if params.top_p < 1:
         falling = np.sort(weights)[::-1]
         reached = np.cumsum(falling)

@@ -5,7 +5,7 @@ No I/O, no clock, no thread: the port calls :meth:`Worker.step` while it is not 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,12 +90,25 @@ class Worker:
     the engine itself raises is not caught: the rank is broken, and its supervisor decides.
     """
 
-    def __init__(self, engine: Engine, *, prefill_chunk_tokens: int = 256) -> None:
-        """``prefill_chunk_tokens``: most tokens in one step, while some are being prefilled."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        prefill_chunk_tokens: int = 256,
+        on_admitted: Callable[[Sequence[Hashable]], None] = lambda ids: None,
+    ) -> None:
+        """Take an engine with all its slots free.
+
+        Args:
+            prefill_chunk_tokens: most tokens in one step, while some are being prefilled.
+            on_admitted: told the requests that take part in a step for the first time, before
+                that step runs.
+        """
         if prefill_chunk_tokens < 1:
             raise ValueError(f"prefill_chunk_tokens={prefill_chunk_tokens} must be at least 1")
         self._engine = engine
         self._step_tokens = prefill_chunk_tokens
+        self._on_admitted = on_admitted
         self._requests: dict[Hashable, _Request] = {}
         self._batch = batch.empty(engine.num_slots)
         self._events: list[Event] = []  # answers that need no step
@@ -143,6 +156,9 @@ class Worker:
         work, self._batch = batch.plan(self._batch, step_tokens=self._step_tokens)
         if not work:
             return events
+        new = [w.key for w in work if w.start == 0]
+        if new:
+            self._on_admitted(new)
         rows = [
             Row(w.slot, self._requests[w.key].ids(w.start, w.stop), w.start, w.complete)
             for w in work

@@ -15,12 +15,17 @@ from typing import Any
 
 from bridge import gen_server
 from bridge.process import Process
+from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
+from control.desired import BadOption, LoadOptions
+from control.errors import ControlError, NoPlacement
 from control.instance import History, InstanceSpec, instance_child
 from control.rank import RankLimits
 from models.checkpoint import open_checkpoint
 from models.errors import ModelError
+from models.memory import kv_elements
+from models.mesh import whole
 
 TREE_UP_S = 60.0
 POLL_S = 0.02
@@ -28,19 +33,22 @@ FETCH_S = 7 * 24 * 3600.0  # the store gives up on a stalled download itself
 START_S = 120.0
 END_S = 60.0
 ASK_S = 5.0
+KV_BYTES_PER_ELEMENT = 4  # the CPU engine's; CUDA's takes half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One instance to bring up, all defaults filled in."""
+    """One instance to bring up: what was asked, and the defaults for the rest."""
 
     id: str
     model: str
     ref: str
-    context_tokens: int
+    options: LoadOptions
+    context_tokens: int  # where the options name none; 0: the model's own
     num_slots: int
     threads: int
     device: str
+    limit_bytes: int  # memory that this machine lends
 
 
 async def bring_up(
@@ -65,7 +73,7 @@ async def bring_up(
             return
     try:
         context_tokens = await asyncio.to_thread(_check, path, plan)
-    except ModelError as exc:
+    except (ModelError, ControlError) as exc:
         failed(exc.kind, str(exc))
         return
     spec = InstanceSpec(
@@ -85,13 +93,33 @@ async def bring_up(
         case ("ok", Pid() as group):
             me.send(books, (Atom("started"), plan.id, group))
         case other:
-            failed("start_failed", f"its processes did not start: {other!r:.500}")
+            failed("start_failed", f"its processes did not start: {show(other, 500)}")
 
 
 def _check(path: Path, plan: Plan) -> int:
-    """Read the model's header; the context to serve. Raises ModelError."""
-    limit = open_checkpoint(path).spec.context_length
-    return min(plan.context_tokens, limit) if plan.context_tokens else limit
+    """Read the model's header; the context to serve.
+
+    Raises:
+        ModelError: the file is damaged or of a kind that is not supported.
+        BadOption: the context asked for is beyond the model's.
+        NoPlacement: weights and KV cache are beyond the memory that this machine lends.
+    """
+    checkpoint = open_checkpoint(path)
+    limit = checkpoint.spec.context_length
+    asked = plan.options.context
+    if asked > limit:
+        raise BadOption(f"context={asked} is beyond the {limit} tokens of {plan.model}")
+    context_tokens = asked or min(plan.context_tokens or limit, limit)
+    kv_bytes = (
+        KV_BYTES_PER_ELEMENT
+        * kv_elements(checkpoint.spec, whole(checkpoint.spec))
+        * context_tokens
+        * plan.num_slots
+    )
+    need_bytes = checkpoint.size_bytes + kv_bytes
+    if need_bytes > plan.limit_bytes:
+        raise NoPlacement(plan.model, need_bytes, kv_bytes, plan.limit_bytes)
+    return context_tokens
 
 
 async def take_down(

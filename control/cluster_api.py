@@ -41,6 +41,7 @@ LOAD_S = 60.0
 UNLOAD_S = 120.0
 SWAP_S = 1800.0
 CANARY_S = 10.0
+MAX_OPENED = 16  # tokenizers kept
 CANARY_FRESH_S = 10.0
 
 
@@ -61,6 +62,7 @@ class ClusterApi:
 
     Attributes:
         on_recovery: told every pause, in seconds, that a lost rank cost a stream.
+        url: base of this node's HTTP endpoint.
     """
 
     node: Node
@@ -68,7 +70,8 @@ class ClusterApi:
     journal: Journal = field(default_factory=Journal)
     limits: GenerationLimits = field(default_factory=GenerationLimits)
     on_recovery: Callable[[float], None] = lambda pause_s: None
-    _opened: dict[Path, OpenModel] = field(default_factory=dict)
+    url: Callable[[], str] = lambda: ""
+    _opened: dict[tuple[Path, int, int], asyncio.Task[OpenModel]] = field(default_factory=dict)
     _canaries_s: dict[tuple[str, int], float] = field(default_factory=dict)
 
     # -- models and generations ------------------------------------------------------------
@@ -117,9 +120,19 @@ class ClusterApi:
                 raise NotReady(model, repr(other))
 
     async def _open(self, model: str, path: Path) -> OpenModel:
-        if path not in self._opened:
-            self._opened[path] = await asyncio.to_thread(_read_open_model, model, path)
-        return self._opened[path]
+        """Read once for all who ask at the same time, and again when the file is another."""
+        found = await asyncio.to_thread(path.stat)
+        key = (path, found.st_mtime_ns, found.st_size)
+        if key not in self._opened:
+            while len(self._opened) >= MAX_OPENED:
+                del self._opened[next(iter(self._opened))]
+            read = asyncio.to_thread(_read_open_model, model, path)
+            self._opened[key] = asyncio.ensure_future(read)
+        try:
+            return await asyncio.shield(self._opened[key])
+        except Exception:
+            self._opened.pop(key, None)  # the next one tries again
+            raise
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent | DoneEvent]:
         """Stream one generation across as many epochs as it takes."""
@@ -144,6 +157,7 @@ class ClusterApi:
             Atom("epoch"): await self._ask("election", Atom("epoch")),
             Atom("nodes"): await self._ask("membership", Atom("nodes")),
             Atom("instances"): await self.instances(),
+            Atom("url"): self.url(),
         }
 
     async def instances(self) -> list[dict[Any, Term]]:
@@ -260,7 +274,11 @@ class ClusterApi:
             await find_server(me, instance, timeout_s=SWAP_S)
         await self._ask("scheduler", (Atom("replace_default"), text_of(going[0]["model"]), new))
         for gone in going:
-            await self.unload(text_of(gone["id"]))
+            try:
+                await self.unload(text_of(gone["id"]))
+            except Refused as exc:
+                if exc.kind != "not_found":  # somebody else unloaded it meanwhile
+                    raise
         return instance
 
     async def _ask(self, name: str, request: Term, *, timeout_s: float = ASK_S) -> Term:

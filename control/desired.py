@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bridge.show import show
 from bridge.text import text_of
 from control.errors import ControlError
+
+MAX_SLOTS = 1024
 
 
 class BadOption(ControlError):
@@ -65,11 +69,11 @@ class LoadOptions:
                 raise BadOption(f"unknown option {name!r}; known: {', '.join(sorted(known))}")
             if known[name].type == "int":
                 if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise BadOption(f"{name}: expected a number from 0, got {value!r:.60}")
+                    raise BadOption(f"{name}: expected a number from 0, got {show(value, 60)}")
                 found[name] = value
             else:
                 if not isinstance(value, str | bytes):
-                    raise BadOption(f"{name}: expected text, got {value!r:.60}")
+                    raise BadOption(f"{name}: expected text, got {show(value, 60)}")
                 found[name] = text_of(value)
         return LoadOptions(**found).checked()
 
@@ -81,6 +85,10 @@ class LoadOptions:
                     f"{name}={getattr(self, name)}: this version runs one rank an "
                     f"instance; leave it out or ask for 1"
                 )
+        if self.slots > MAX_SLOTS:
+            raise BadOption(f"slots={self.slots}: at most {MAX_SLOTS}")
+        if self.device and not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", self.device):
+            raise BadOption(f"device={self.device!r}: give cpu, cuda or cuda:N")
         if self.engine not in ("", "torch"):
             raise BadOption(f"engine={self.engine!r}: this version has the engine 'torch'")
         return self
@@ -136,13 +144,13 @@ def read_desired(path: Path) -> Desired:
     try:
         raw = json.loads(path.read_text())
         wanted = tuple(
-            Wanted(str(w["id"]), str(w["model"]), LoadOptions(**w["options"]))
+            Wanted(str(w["id"]), str(w["model"]), LoadOptions.from_term(w["options"]))
             for w in raw["wanted"]
         )
         return Desired(int(raw["version"]), str(raw["default"]), wanted)
     except FileNotFoundError:
         return Desired()
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadOption) as exc:
         raise BadDesired(path, f"{type(exc).__name__}: {exc}") from exc
 
 

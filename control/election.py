@@ -56,8 +56,11 @@ class Election(GenServer):
         )
         if self.leadership.epoch != last_epoch:
             temporary = self._path.with_suffix(".new")
-            temporary.write_text(f"{self.leadership.epoch}\n")
-            temporary.replace(self._path)
+            try:
+                temporary.write_text(f"{self.leadership.epoch}\n")
+                temporary.replace(self._path)
+            except OSError as exc:  # a full disk must not cost the node
+                log.error("cannot write %s: %s; this epoch may come again", self._path, exc)
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
@@ -76,6 +79,6 @@ def _read_epoch(path: Path) -> int:
         return int(path.read_text())
     except FileNotFoundError:
         return 0
-    except ValueError:
-        log.error("%s does not hold a number; elections start at epoch 1", path)
+    except (OSError, ValueError) as exc:
+        log.error("%s does not hold a number (%s); elections start at epoch 1", path, exc)
         return 0

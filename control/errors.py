@@ -26,16 +26,22 @@ class UnknownModel(ControlError):
 
 
 class NotReady(ControlError):
-    """The model is known but no instance serves it now."""
+    """The model is known but no instance serves it now; ``kind`` says why."""
 
     kind = "not_ready"
 
-    def __init__(self, model: str, why: str, *, retry_after_s: float = 5.0) -> None:
+    def __init__(
+        self, model: str, why: str, *, retry_after_s: float = 5.0, kind: str = "not_ready"
+    ) -> None:
         super().__init__(model, why, retry_after_s)
         self.model, self.why, self.retry_after_s = model, why, retry_after_s
+        self.kind = kind
 
     def __str__(self) -> str:
-        return f"model {self.model!r} is not ready: {self.why}. Load it with `ctl model load`."
+        advice = (
+            f" Load it with `ctl model load {self.model}`." if self.kind == "not_loaded" else ""
+        )
+        return f"model {self.model!r} is not ready: {self.why.rstrip('.')}.{advice}"
 
 
 class NotAModel(UnknownModel):
@@ -121,3 +127,22 @@ class StoreUnusable(ControlError):
 
     def __str__(self) -> str:
         return f"model store: {self.path}: {self.why}. Give it to your user or set models.dir."
+
+
+class NoPlacement(ControlError):
+    """No machine of the cluster may hold the model."""
+
+    kind = "no_placement"
+
+    def __init__(self, model: str, need_bytes: int, kv_bytes: int, limit_bytes: int) -> None:
+        super().__init__(model, need_bytes, kv_bytes, limit_bytes)
+        self.model, self.need_bytes = model, need_bytes
+        self.kv_bytes, self.limit_bytes = kv_bytes, limit_bytes
+
+    def __str__(self) -> str:
+        need, kv, limit = (b / 1e9 for b in (self.need_bytes, self.kv_bytes, self.limit_bytes))
+        return (
+            f"cannot place {self.model}: it needs {need:.2f} GB ({kv:.2f} GB of that for the KV "
+            f"cache), this machine lends {limit:.2f} GB. Give it fewer slots or less context, "
+            "pick a smaller quantisation, or raise max_memory."
+        )

@@ -19,10 +19,11 @@ from bridge import gen_server
 from bridge.node import Node
 from bridge.process import Process
 from bridge.process_errors import ReceiveTimeout
-from bridge.term import Atom, Ref, Term
+from bridge.show import show
+from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control.backend import DoneEvent, GenerateRequest, TokenEvent
-from control.errors import NotReady
+from control.errors import NotReady, UnknownModel
 from control.journal import Entry, Journal, LostToken
 from control.scheduler import find_server
 
@@ -69,14 +70,14 @@ async def generate(
     entry_id, entry = journal.open(request)
     lost_at_s: float | None = None
     try:
-        with node.open_process(label=f"request {request.request_id}") as me:
-            while True:
-                if not entry.begin_attempt():
-                    yield DoneEvent(
-                        "error",
-                        f"{entry.attempts} servers were lost on this request without a token",
-                    )
-                    return
+        while True:
+            if not entry.begin_attempt():
+                lost = entry.attempts_without_token
+                text = f"{lost} servers were lost in a row while they ran this request"
+                yield DoneEvent("error", text)
+                return
+            # A process an attempt: with its end the rank hears that nobody waits any more.
+            with node.open_process(label=f"request {request.request_id}") as me:
                 async with aclosing(_attempt(me, entry, limits)) as events:
                     async for event in events:
                         match event:
@@ -91,7 +92,7 @@ async def generate(
                             case _Lost(why):
                                 log.warning("%s: %s; going on elsewhere", request.request_id, why)
                                 lost_at_s = lost_at_s or time.monotonic()
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)
     finally:
         journal.close(entry_id)
 
@@ -105,28 +106,21 @@ async def _attempt(
         return
     try:
         instance, coordinator = await find_server(me, entry.request.model, timeout_s=limits.route_s)
-    except NotReady as exc:
+    except (NotReady, UnknownModel) as exc:
         yield DoneEvent("error", str(exc))
         return
     monitor = me.monitor(coordinator)
     ref = me.make_ref()
-    entry.instance = instance
-    try:
-        submit = (Atom("submit"), ref, _options(entry))
-        match await gen_server.call(me, coordinator, submit, timeout_s=SUBMIT_S):
-            case ("ok", int(epoch)):
-                entry.epoch = epoch
-            case other:
-                entry.attempts_without_token -= 1  # it was never tried
-                yield _Lost(repr(other))
-                return
-    except gen_server.CallError as exc:
-        yield _Lost(str(exc))
+    refused = await _submit(me, coordinator, ref, entry)
+    if refused:
+        yield _Lost(refused)
         return
     first = True
     try:
         while True:
             match await me.receive(_of(ref, monitor), timeout_s=limits.token_s):
+                case ("admitted", _):
+                    entry.suspect()
                 case ("token", _, int(index), int(token_id), logprob, list(top)):
                     event = TokenEvent(index, token_id, _number(logprob), tuple(map(_pair, top)))
                     if entry.accept(event):
@@ -138,14 +132,22 @@ async def _attempt(
                     yield DoneEvent(_reason(str(reason)), text_of(text))
                     return
                 case ("DOWN", _, _, _, reason):
-                    yield _Lost(repr(reason))
+                    yield _Lost(show(reason))
                     return
     except ReceiveTimeout:
         yield DoneEvent("error", f"no token for {limits.token_s:.0f} s from instance {instance}")
     except LostToken as exc:
         yield _Lost(str(exc))
-    finally:
-        me.demonitor(monitor)
+
+
+async def _submit(me: Process, coordinator: Pid, ref: Ref, entry: Entry) -> str:
+    """Hand the request over; why that did not work, or empty."""
+    submit = (Atom("submit"), ref, _options(entry))
+    try:
+        answer = await gen_server.call(me, coordinator, submit, timeout_s=SUBMIT_S)
+    except gen_server.CallError as exc:
+        return str(exc)
+    return "" if answer[0] == "ok" else show(answer)
 
 
 def _of(ref: Ref, monitor: Ref) -> Callable[[Term], Term | None]:
@@ -153,11 +155,11 @@ def _of(ref: Ref, monitor: Ref) -> Callable[[Term], Term | None]:
 
     def match(message: Term) -> Term | None:
         match message:
-            case ("token" | "done", found, *_) if found == ref:
+            case ("admitted" | "token" | "done", found, *_) if found == ref:
                 return message
             case ("DOWN", found, _, _, _) if found == monitor:
                 return message
-            case ("token" | "done", *_):
+            case ("admitted" | "token" | "done", *_):
                 return ("stale",)  # an older submission of ours: taken out and dropped
             case _:
                 return None
@@ -168,6 +170,7 @@ def _of(ref: Ref, monitor: Ref) -> Callable[[Term], Term | None]:
 def _options(entry: Entry) -> dict[Any, Term]:
     r = entry.request
     return {
+        Atom("request_id"): r.request_id,
         Atom("prompt"): list(r.prompt_ids),
         Atom("generated"): list(entry.tokens),
         Atom("max_tokens"): r.max_tokens,

@@ -8,6 +8,7 @@ from typing import Final
 from bridge import gen_server
 from bridge.process import Dest, Process
 from bridge.process_errors import ReceiveTimeout
+from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from control.errors import ControlError
 
@@ -58,7 +59,7 @@ async def state_of(me: Process, node: str, who: str | Pid) -> Term:
         case ("ok", state):
             return state
         case other:
-            raise NoAnswer(who, f"does not show its state: {other!r:.200}")
+            raise NoAnswer(who, f"does not show its state: {show(other)}")
 
 
 async def kill(me: Process, node: str, who: str | Pid) -> Pid:
@@ -94,7 +95,7 @@ async def _whereis(me: Process, node: str, name: str) -> Pid:
         case ("status", Pid() as pid, *_):
             return pid
         case other:
-            raise NoAnswer(name, f"does not tell its pid: {other!r:.200}")
+            raise NoAnswer(name, f"does not tell its pid: {show(other)}")
 
 
 async def _ask(me: Process, node: str, who: str | Pid, request: Term) -> Term:

@@ -61,6 +61,10 @@ class History:
     epochs_without_progress: int = 0
     last_error: str = ""
 
+    def note(self, why: str) -> None:
+        """Remember what ended the latest epoch."""
+        self.last_error = why
+
     def exhausted(self) -> bool:
         return self.epochs_without_progress >= MAX_EPOCHS_WITHOUT_PROGRESS
 
@@ -265,7 +269,7 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
                 )
             )
         await until_free(me, rank_name(spec.id, rank))
-        server = Rank(spec.id, rank, limits)
+        server = Rank(spec.id, rank, limits, on_lost=history.note)
         return await gen_server.start_link(
             me, server, name=rank_name(spec.id, rank), timeout_s=limits.lease_s + 5
         )

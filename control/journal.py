@@ -23,19 +23,20 @@ class Entry:
     tokens: list[int] = field(default_factory=list)
     attempts: int = 0  # submissions so far
     attempts_without_token: int = 0
-    instance: str = ""
-    epoch: int = 0
-
-    def next_index(self) -> int:
-        return len(self.tokens)
 
     def begin_attempt(self) -> bool:
         """Count one more submission; False when the request has used up its chances."""
         if self.attempts_without_token >= MAX_ATTEMPTS_WITHOUT_TOKEN:
             return False
         self.attempts += 1
-        self.attempts_without_token += 1
         return True
+
+    def suspect(self) -> None:
+        """A rank is about to run the request: if it dies now, the request may be why.
+
+        One that waits for a server or in its queue is never to blame.
+        """
+        self.attempts_without_token += 1
 
     def accept(self, event: TokenEvent) -> bool:
         """Record a token; False for one that is known already (the index makes it idempotent).

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 POLL_S = 0.1  # where the system cannot tell us of an exit
+REAP_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,27 @@ class OsChild:
 
     async def wait(self) -> int:
         """Exit status; negative for a signal. Reaps the child."""
-        while self._popen.poll() is None:
-            await self.identity.wait_gone(timeout_s=1.0)
+        while not await self.identity.wait_gone(timeout_s=60.0):
+            pass
+        if sys.platform != "win32":
+            # Not reaped yet, so the group's number is still ours: end what it left behind.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.identity.pid, signal.SIGKILL)
+        await self.reaped(timeout_s=60.0)
         return self._popen.returncode
+
+    async def reaped(self, *, timeout_s: float) -> bool:
+        """Collect the exit status of a child that was killed; False if there is none in time.
+
+        Its first thread may be a zombie some milliseconds before the others are gone.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        while self.reap() is None:
+            if loop.time() > deadline_s:
+                return False
+            await asyncio.sleep(REAP_POLL_S)
+        return True
 
     def reap(self) -> int | None:
         """Collect the exit status if there is one; closes the pipe."""

@@ -6,7 +6,7 @@ next life of the control process adopts those that still run and kills the rest.
 
 ================================================  ==========================================
 call ``{lease, Instance, Rank}``                  ``{ok, PortId, PortPid, OsPid}`` or an error
-call ``{release, PortId}``                        ``ok`` once its process group is gone
+call ``{release, PortId}``                        ``ok``: killed, and waited for 5 s at most
 call ``{hello, PortPid, Facts}`` (from a port)    ``welcome`` | ``unknown``
 call ``ports``                                    list of maps
 sends ``{port_exit, PortId, Text}``               to the leaseholder
@@ -130,10 +130,7 @@ class Ports(GenServer):
         children = list(self.state.children.values())
         for child in children:
             child.identity.kill_group()
-        await asyncio.gather(*(c.identity.wait_gone(timeout_s=KILL_S) for c in children))
-        for child in children:
-            if child.os_child:
-                child.os_child.reap()
+        await asyncio.gather(*(self._gone(child) for child in children))
         self.state.children.clear()
         self._write_records()
 
@@ -178,7 +175,7 @@ class Ports(GenServer):
         self._kill(child)
 
         async def wait(me: Process) -> None:
-            await child.identity.wait_gone(timeout_s=KILL_S)
+            await self._gone(child)
             gen_server.reply(me, from_, Atom("ok"))
 
         self.me.spawn(wait, link=True, label=f"release {port_id}")
@@ -250,6 +247,14 @@ class Ports(GenServer):
         log.warning("port %s did not come back in time or nobody wants it; killed", port_id)
         self._kill(child)
 
+    async def _gone(self, child: _Child) -> None:
+        """Wait for the end of a child that was killed."""
+        gone = await child.identity.wait_gone(timeout_s=KILL_S)
+        if child.os_child is not None:
+            gone = await child.os_child.reaped(timeout_s=KILL_S)
+        if not gone:
+            log.error("port %s was killed but is still there", child.port_id)
+
     def _kill(self, child: _Child) -> None:
         child.identity.kill_group()
 
@@ -307,7 +312,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         return [
             {
                 "port_id": str(r["port_id"]),
-                "os_pid": int(r["os_pid"]),
+                "os_pid": _pid(r["os_pid"]),
                 "started_s": float(r["started_s"]),
                 "instance": str(r["instance"]),
                 "rank": int(r["rank"]),
@@ -316,9 +321,15 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError) as exc:
         log.error("cannot read %s: %s; ports of a former life end by themselves", path, exc)
         return []
+
+
+def _pid(value: object) -> int:
+    if not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise ValueError(f"{value!r} is no pid")
+    return value
 
 
 def _status_text(status: int) -> str:

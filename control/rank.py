@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from bridge import gen_server
 from bridge.gen_server import GenServer, Stop
 from bridge.process import Process
+from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control.os_process import OsIdentity
@@ -56,10 +58,19 @@ class Rank(GenServer):
     Args:
         instance: id of the instance.
         rank: place in the shard group.
+        on_lost: told why the port was lost.
     """
 
-    def __init__(self, instance: str, rank: int, limits: RankLimits | None = None) -> None:
+    def __init__(
+        self,
+        instance: str,
+        rank: int,
+        limits: RankLimits | None = None,
+        *,
+        on_lost: Callable[[str], None] = lambda why: None,
+    ) -> None:
         super().__init__()
+        self._on_lost = on_lost
         self.instance, self.rank = instance, rank
         self._limits = limits or RankLimits()
         self.port: Pid | None = None
@@ -70,7 +81,6 @@ class Rank(GenServer):
         self._beat_s = self._checked_s = self._step_s = 0.0
         self._steps = -1
         self._suspected = False
-        self.active = 0
         self.memory_bytes = 0
         self.load_progress = (0, 0)
 
@@ -109,7 +119,7 @@ class Rank(GenServer):
             case ("error", _, text):
                 raise Stop((Atom("no_port"), text_of(text)))
             case other:
-                raise Stop((Atom("no_port"), repr(other)))
+                raise Stop((Atom("no_port"), show(other)))
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
@@ -120,8 +130,8 @@ class Rank(GenServer):
 
     async def handle_info(self, message: Term) -> None:
         match message:
-            case ("beat", _, int(steps), busy, int(active), int(memory_bytes)):
-                self._on_beat(steps, bool(busy), active, memory_bytes)
+            case ("beat", _, int(steps), busy, int(memory_bytes)):
+                self._on_beat(steps, bool(busy), memory_bytes)
             case ("load_progress", _, int(done), int(total)):
                 self.load_progress = (done, total)
             case ("check",):
@@ -152,9 +162,9 @@ class Rank(GenServer):
 
     # -- signs of life ---------------------------------------------------------------------
 
-    def _on_beat(self, steps: int, busy: bool, active: int, memory_bytes: int) -> None:
+    def _on_beat(self, steps: int, busy: bool, memory_bytes: int) -> None:
         now_s = self._now_s()
-        self._beat_s, self.active, self.memory_bytes = now_s, active, memory_bytes
+        self._beat_s, self.memory_bytes = now_s, memory_bytes
         if steps != self._steps or not busy:
             self._steps, self._step_s = steps, now_s
 
@@ -180,6 +190,7 @@ class Rank(GenServer):
             me.send(self.me.pid, (Atom("ping_failed"), f"silent, and no answer to a ping: {exc}"))
 
     def _lost(self, text: str) -> Stop:
+        self._on_lost(f"rank {self.rank}, port {self.port_id}: {text}")
         return Stop((Atom("rank_lost"), self.rank, text))
 
     def _check_later(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
 from control.backend import Backend, DoneEvent, FinishReason, GenerateRequest, OpenModel
@@ -79,7 +80,7 @@ def _option(name: str, value: Term) -> Any:
         case "stream_to" if isinstance(value, Pid):
             return value
         case "max_tokens" | "temperature" | "top_p" | "seed" | "stop" | "raw" | "stream_to":
-            raise BadGenerate(f"{name}: {value!r:.80} is of the wrong type or out of range")
+            raise BadGenerate(f"{name}: {show(value, 80)} is of the wrong type or out of range")
         case _:
             raise BadGenerate(
                 f"unknown option {name!r}; known: max_tokens, temperature, top_p, seed, stop, "
@@ -182,7 +183,7 @@ def _prompt_ids(opened: OpenModel, prompt: Term, *, raw: bool) -> tuple[int, ...
         case str() | bytes() | list():
             messages = [{"role": "user", "content": text_of(prompt)}]
         case _:
-            raise BadGenerate(f"a prompt is text or a list of message maps, got {prompt!r:.80}")
+            raise BadGenerate(f"a prompt is text or a list of message maps, got {show(prompt, 80)}")
     try:
         assert template is not None, "text goes the other way without a template"
         text = chat.render(

@@ -7,14 +7,15 @@ call ``{find, Model}``                            ``{ok, InstanceId, Pid}`` once
 call ``instances``                                list of ``{Pid | undefined, Map}``
 call ``{path, Model}``                            ``{ok, Id, Path, ContextTokens}`` or an error
 call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
+call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
 call ``wanted``                                   list of ``{InstanceId, Model}``
 call ``forget_all``                               ``ok``: nothing is wanted any more
-call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
 cast ``stopping``                                 the node ends: what stops now did not fail
 ================================================  ==========================================
 
-What takes long (fetching, loading, draining) runs in processes of its own; this one only
-keeps the books, so it always answers.
+What takes long (fetching, loading, draining) runs in processes of its own (``bring_up``);
+this one only keeps the books, so it always answers. Until it knows what runs already, calls
+wait.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,22 @@ from typing import Any
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
+from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import bring_up
-from control.desired import BadOption, Desired, LoadOptions, Wanted, read_desired, write_desired
+from control.books import Absent, Books, ComingUp, Failed, Record, Served
+from control.desired import Desired, LoadOptions, Wanted, read_desired, write_desired
 from control.errors import ControlError, NotReady, UnknownModel
 from control.events import publish
-from control.instance import History, InstanceSpec, describe_spec
+from control.instance import InstanceSpec
 from control.rank import RankLimits
 
 log = logging.getLogger("control.scheduler")
 
 DRAIN_S = 30.0
-SERVED = ("pulling", "loading", "recovering", "ready")  # states a request may wait for
+DEMAND_RETRY_S = 10.0  # after a load on demand failed, before the next request tries again
+AT_ONCE = ("wanted", "instances")  # calls that need no complete books
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,74 +68,79 @@ class Resolved:
     local: bool
 
 
-@dataclass(slots=True)
-class Record:
-    """The book entry of one instance."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What the scheduler may know of models; neither function uses the network.
 
-    id: str
-    model: str
-    wanted: Wanted
-    state: str = "pulling"
-    text: str = ""
-    epoch: int = 0
-    spec: InstanceSpec | None = None
-    coordinator: Pid | None = None
-    worker: Pid | None = None  # process that brings it up or takes it down
-    group: Ref | None = None  # monitor of its supervisor
-    reply_to: Term = None
-    history: History = field(default_factory=History)
+    Attributes:
+        resolve: an operator's reference, paths included; raises UnknownModel.
+        card_of: card id or alias -> card id; raises UnknownModel. Looks at no file, since the
+            names it is given come from clients.
+    """
+
+    resolve: Callable[[str], Resolved]
+    card_of: Callable[[str], str]
 
 
 class Scheduler(GenServer):
     """Keeps the books of instances.
 
     Args:
-        resolve: model reference -> Resolved; raises UnknownModel. No network.
-        card_of: card id or alias -> card id; raises UnknownModel. Looks at no file, since
-            the names that it is given come from clients.
         desired_path: file of the desired state.
         autoload: load a known model on demand.
+        refuse: why this machine may not run a model at all (its roles), or empty.
     """
 
     def __init__(
         self,
-        resolve: Callable[[str], Resolved],
-        card_of: Callable[[str], str],
+        lookup: Lookup,
         *,
         desired_path: Path,
         shape: Shape,
         limits: RankLimits,
+        limit_bytes: Callable[[], int],
         autoload: bool,
+        refuse: str = "",
     ) -> None:
         super().__init__()
-        self._resolve, self._card_of = resolve, card_of
+        self._lookup = lookup
         self._path = desired_path
         self._shape, self._limits, self._autoload = shape, limits, autoload
+        self._limit_bytes, self._refuse = limit_bytes, refuse
         self.desired = Desired()
-        self.records: dict[str, Record] = {}
-        self._waiting: list[tuple[str, Term]] = []  # (model id, From)
+        self.books = Books()
+        self._waiting: list[tuple[str, Term]] = []  # (model id, From) of `find`
+        self._early: list[tuple[Term, Term]] = []  # (request, From) from before the books were full
+        self._complete = False
         self._stopping = False
+        self._demand_failed: dict[str, tuple[float, str]] = {}  # model -> (when, why)
 
     def format_state(self) -> Term:
         return {
             Atom("desired_version"): self.desired.version,
             Atom("default"): self.desired.default,
-            Atom("instances"): [(r.id, Atom(r.state), r.epoch) for r in self.records.values()],
+            Atom("instances"): [(r.id, Atom(r.state), r.epoch) for r in self.books],
             Atom("waiting"): len(self._waiting),
         }
 
     async def init(self, me: Process) -> None:
-        self.me.trap_exit = True
+        me.trap_exit = True
         self.desired = read_desired(self._path)
-        self.me.spawn(self._when_tree_is_up, link=True, label="reconcile")
+        me.spawn(self._find_running, link=True, label="reconcile")
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
+        if not self._complete and request not in AT_ONCE:
+            self._early.append((request, from_))
+            return NOREPLY
+        return self._answer(request, from_)
+
+    def _answer(self, request: Term, from_: Term) -> Term:
         try:
-            return self._handle_call(request, from_)
-        except (UnknownModel, BadOption, NotReady) as exc:
+            return self._handle(request, from_)
+        except ControlError as exc:
             return (Atom("error"), Atom(exc.kind), str(exc))
 
-    def _handle_call(self, request: Term, from_: Term) -> Term:
+    def _handle(self, request: Term, from_: Term) -> Term:
         match request:
             case ("load", model, dict(options)):
                 return self._load(text_of(model), LoadOptions.from_term(options), from_)
@@ -142,26 +151,24 @@ class Scheduler(GenServer):
             case ("path", model):
                 return self._path_of(text_of(model))
             case ("set_default", model):
-                self._save(self.desired.with_default(self._resolve(text_of(model)).id))
+                self._save(self.desired.with_default(self._lookup.resolve(text_of(model)).id))
                 return Atom("ok")
             case ("replace_default", old, new):
                 if self.desired.default == text_of(old):
-                    self._save(self.desired.with_default(self._resolve(text_of(new)).id))
+                    new_id = self._lookup.resolve(text_of(new)).id
+                    self._save(self.desired.with_default(new_id))
                 return Atom("ok")
             case "wanted":
                 return [(w.id, w.model) for w in self.desired.wanted]
             case "forget_all":
-                for record in list(self.records.values()):
+                for record in self.books:
                     self._unload(record.id, None)
                 self._save(Desired(self.desired.version + 1))
                 return Atom("ok")
             case "instances":
-                return [
-                    (r.coordinator or Atom("undefined"), self._describe(r))
-                    for r in self.records.values()
-                ]
+                return [(r.coordinator or Atom("undefined"), r.describe()) for r in self.books]
             case _:
-                return (Atom("error"), Atom("unknown_call"), f"scheduler: {request!r:.200}")
+                return (Atom("error"), Atom("unknown_call"), f"scheduler: {show(request)}")
 
     async def handle_cast(self, message: Term) -> None:
         match message:
@@ -177,8 +184,8 @@ class Scheduler(GenServer):
             case ("prepared", str(id_), InstanceSpec() as spec):
                 self._on_prepared(id_, spec)
             case ("started", str(id_), Pid() as group):
-                if id_ in self.records:
-                    self.records[id_].group = self.me.monitor(group)
+                if record := self.books.get(id_):
+                    record.group = self.me.monitor(group)
             case ("failed", str(id_), kind, text):
                 self._on_failed(id_, str(kind), text_of(text))
             case ("group_down", str(id_), bool(alone), reason):
@@ -188,7 +195,7 @@ class Scheduler(GenServer):
             case ("running", list(found)):
                 self._reconcile(found)
             case ("DOWN", Ref() as monitor, _, _, reason):
-                self._on_group_down(monitor, reason)
+                self._on_down(monitor, reason)
             case ("EXIT", pid, reason):
                 self._on_worker_exit(pid, reason)
             case _:
@@ -197,63 +204,91 @@ class Scheduler(GenServer):
     # -- load ------------------------------------------------------------------------------
 
     def _load(self, ref: str, options: LoadOptions, from_: Term) -> Term:
-        resolved = self._resolve(ref)
-        record = self._begin(self._new_id(resolved.id), resolved, ref, options)
+        if self._refuse:
+            raise NotReady(ref, self._refuse, kind="no_compute")
+        resolved = self._lookup.resolve(ref)
+        record = self._begin(Record("", resolved.id, Wanted("", ref, options)), resolved)
         self._save(self.desired.add(record.wanted))
         if not resolved.local:
             return (Atom("ok"), record.id)
         record.reply_to = from_  # the files are here: a broken one is told to the caller
         return NOREPLY
 
-    def _begin(self, id_: str, resolved: Resolved, ref: str, options: LoadOptions) -> Record:
-        record = Record(id_, resolved.id, Wanted(id_, ref, options))
-        self.records[id_] = record
+    def _begin(self, record: Record, resolved: Resolved) -> Record:
+        """Bring ``record`` up; one without an id gets a new one."""
+        options = record.wanted.options
+        if not record.id:
+            record.id = self.books.new_id(resolved.id, self.desired)
+            record.wanted = Wanted(record.id, record.wanted.model, options)
+        self.books.add(record)
         self._change(record, "pulling")
         plan = bring_up.Plan(
-            id=id_,
+            id=record.id,
             model=resolved.id,
-            ref=ref,
-            context_tokens=options.context or self._shape.context_tokens,
+            ref=record.wanted.model,
+            options=options,
+            context_tokens=self._shape.context_tokens,
             num_slots=options.slots or self._shape.num_slots,
             threads=options.threads or self._shape.threads,
             device=options.device or self._shape.device,
+            limit_bytes=self._limit_bytes(),
         )
         record.worker = self.me.spawn(
             lambda me: bring_up.bring_up(
                 me, plan, history=record.history, limits=self._limits, books=self.me.pid
             ),
             link=True,
-            label=f"bring up {id_}",
+            label=f"bring up {record.id}",
         )
         return record
 
-    def _new_id(self, model: str) -> str:
-        last = model.rstrip("/").rpartition("/")[2]  # of a path or a hub reference
-        slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in last.lower()).strip("-")
-        number = 1
-        while f"{slug}-{number}" in self.records:
-            number += 1
-        return f"{slug}-{number}"
+    def _begin_again(self, record: Record) -> None:
+        """Bring up what should run but does not."""
+        try:
+            if self._refuse:
+                raise NotReady(record.model, self._refuse, kind="no_compute")
+            resolved = self._lookup.resolve(record.wanted.model)
+        except ControlError as exc:
+            self._fail(record, str(exc))
+        else:
+            record.model = resolved.id
+            self._begin(record, resolved)
 
     def _on_prepared(self, id_: str, spec: InstanceSpec) -> None:
-        record = self.records.get(id_)
-        if record is None:
-            return
-        record.spec = spec
-        self._change(record, "loading")
-        self._answer_load(record, (Atom("ok"), id_))
+        if record := self.books.get(id_):
+            record.spec = spec
+            self._change(record, "loading")
+            self._answer_load(record, (Atom("ok"), id_))
 
     def _on_failed(self, id_: str, kind: str, text: str) -> None:
-        record = self.records.get(id_)
+        record = self.books.get(id_)
         if record is None:
             return
-        if record.reply_to is not None and record.spec is None:
-            del self.records[id_]  # told to the caller: nothing is left over
+        if record.on_demand and not record.ever_ready:
+            self._forget_demand(record, text)
+        elif record.reply_to is not None and record.spec is None:
+            self.books.remove(id_)  # told to the caller: nothing is left over
             self._save(self.desired.remove(id_))
+            self._change(record, "unloaded", text)
             self._answer_load(record, (Atom("error"), Atom(kind), text))
         else:
             self._fail(record, text)
         self._serve_waiting()
+
+    def _forget_demand(self, record: Record, text: str) -> None:
+        """A load on demand failed: its askers are told, the next one after a while tries again."""
+        now_s = asyncio.get_running_loop().time()
+        self._demand_failed[record.model] = (now_s, text)
+        self._take_down(record)
+        self.books.remove(record.id)
+        self._change(record, "unloaded", text)
+
+    def _answer_load(self, record: Record, answer: Term) -> None:
+        if record.reply_to is not None:
+            gen_server.reply(self.me, record.reply_to, answer)
+            record.reply_to = None
+
+    # -- life of an instance ---------------------------------------------------------------
 
     def _change(self, record: Record, state: str, text: str = "") -> None:
         """A new state, and word of it to whoever listens."""
@@ -270,33 +305,34 @@ class Scheduler(GenServer):
             },
         )
 
-    def _answer_load(self, record: Record, answer: Term) -> None:
-        if record.reply_to is not None:
-            gen_server.reply(self.me, record.reply_to, answer)
-            record.reply_to = None
-
-    # -- life of an instance ---------------------------------------------------------------
-
     def _on_instance(self, id_: str, state: str, pid: Pid, epoch: int, text: str) -> None:
-        record = self.records.get(id_)
+        record = self.books.get(id_)
         if record is None or epoch < record.epoch or record.state in ("draining", "failed"):
             return
-        record.coordinator, record.epoch = pid, epoch
+        if record.coordinator != pid:
+            if record.watch is not None:
+                self.me.demonitor(record.watch)
+            record.coordinator, record.watch = pid, self.me.monitor(pid)
+        record.epoch = epoch
         if state == "failed":
-            self._fail(record, text)
-        else:
-            self._change(record, state, text)
+            self._on_failed(id_, "load_failed", text)
+            return
+        record.ever_ready = record.ever_ready or state == "ready"
+        self._change(record, state, text)
         self._serve_waiting()
 
-    def _on_group_down(self, monitor: Ref, reason: Term) -> None:
-        for record in list(self.records.values()):
-            if record.group == monitor:
-                record.group = record.coordinator = None
-                if record.state not in ("draining", "failed") and not self._stopping:
-                    record.state = "recovering"
-                    self.me.spawn(
-                        partial(self._find_out, record.id, reason), link=True, label="why down"
-                    )
+    def _on_down(self, monitor: Ref, reason: Term) -> None:
+        """A coordinator ended (the next epoch comes), or a whole group."""
+        if record := self.books.first(lambda r: r.watch == monitor):
+            record.coordinator = record.watch = None
+            if record.state == "ready":  # nobody is sent to a server that is gone
+                self._change(record, "recovering")
+        elif record := self.books.first(lambda r: r.group == monitor):
+            record.group = None
+            if record.state not in ("draining", "failed") and not self._stopping:
+                self._change(record, "recovering")
+                why = partial(self._find_out, record.id, reason)
+                self.me.spawn(why, link=True, label=f"why {record.id} is down")
 
     async def _find_out(self, id_: str, reason: Term, me: Process) -> None:
         """Whether a group ended alone, its budget spent, or went down with ``instance_sup``."""
@@ -304,31 +340,32 @@ class Scheduler(GenServer):
         me.send(self.me.pid, (Atom("group_down"), id_, alone, reason))
 
     def _on_group_judged(self, id_: str, alone: bool, reason: Term) -> None:
-        record = self.records.get(id_)
+        record = self.books.get(id_)
         if record is None or record.state in ("draining", "failed") or self._stopping:
             return
         if alone:
-            last = record.history.last_error or f"its supervisor ended with {reason!r}"
-            text = f"restart budget spent after {record.epoch} epochs; last error: {last}"
-            self._fail(record, text)
+            why = f"its supervisor ended with {show(reason)}"
+            if record.history.exhausted():
+                why = f"restart budget spent after {record.epoch} epochs"
+            last = record.history.last_error
+            text = f"{why}; last error: {last}" if last else why
+            self._on_failed(id_, "restart_budget_spent", text)
         else:
             log.warning("instance %s went down with instance_sup; it starts again", id_)
             self._begin_again(record)
-        self._serve_waiting()
-
-    def _begin_again(self, record: Record) -> None:
-        wanted = record.wanted
-        try:
-            resolved = self._resolve(wanted.model)
-        except ControlError as exc:
-            self._fail(record, str(exc))
-        else:
-            self._begin(record.id, resolved, wanted.model, wanted.options)
+            self._serve_waiting()
 
     def _fail(self, record: Record, text: str) -> None:
         log.error("instance %s failed: %s", record.id, text)
         record.coordinator = None
+        self.books.add(record)
         self._change(record, "failed", text)
+        self._take_down(record)
+        if not record.ever_ready and record.epoch <= 1:  # it never worked: not again by itself
+            self._save(self.desired.remove(record.id))
+
+    def _take_down(self, record: Record) -> None:
+        """End what is left of an instance's processes."""
         if record.group is not None or record.spec is not None:
             self.me.spawn(
                 lambda me: bring_up.take_down(me, record.id, None, 0.0, self.me.pid),
@@ -337,25 +374,28 @@ class Scheduler(GenServer):
             )
 
     def _on_worker_exit(self, pid: Term, reason: Term) -> None:
-        for record in list(self.records.values()):
-            if record.worker == pid:
-                record.worker = None
-                if reason not in ("normal", "killed") and record.state in ("pulling", "loading"):
-                    self._on_failed(record.id, "internal_error", f"bringing it up: {reason!r}")
+        record = self.books.first(lambda r: r.worker == pid)
+        if record is not None:
+            record.worker = None
+            if reason not in ("normal", "killed") and record.state in ("pulling", "loading"):
+                self._on_failed(record.id, "internal_error", f"bringing it up: {show(reason, 500)}")
 
     # -- unload ----------------------------------------------------------------------------
 
     def _unload(self, id_: str, from_: Term) -> Term:
-        record = self.records.get(id_)
+        record = self.books.get(id_)
         if record is None:
-            running = ", ".join(self.records) or "none"
+            running = ", ".join(self.books.ids()) or "none"
             return (Atom("error"), Atom("not_found"), f"no instance {id_!r}; running: {running}")
         self._save(self.desired.remove(id_))
+        if record.state == "draining":
+            record.leavers.append(from_)
+            return NOREPLY
         if record.reply_to is not None:
             self._answer_load(record, (Atom("error"), Atom("unloaded"), f"{id_} was unloaded"))
         if record.worker is not None:
             self.me.exit(record.worker, Atom("kill"))
-        record.reply_to = from_
+        record.leavers.append(from_)
         self._change(record, "draining")
         coordinator = record.coordinator
         record.worker = self.me.spawn(
@@ -367,11 +407,13 @@ class Scheduler(GenServer):
         return NOREPLY
 
     def _on_stopped(self, id_: str) -> None:
-        record = self.records.get(id_)
+        record = self.books.get(id_)
         if record is not None and record.state == "draining":
-            del self.records[id_]
+            self.books.remove(id_)
             self._change(record, "unloaded")
-            self._answer_load(record, Atom("ok"))
+            for from_ in record.leavers:
+                if from_ is not None:
+                    gen_server.reply(self.me, from_, Atom("ok"))
         self._serve_waiting()
 
     # -- who serves ------------------------------------------------------------------------
@@ -379,77 +421,93 @@ class Scheduler(GenServer):
     def _find(self, name: str, from_: Term) -> Term:
         model = self._model_id(name)
         answer = self._route(model)
-        if answer is not None:
-            return answer
-        self._waiting.append((model, from_))
-        return NOREPLY
+        if answer is None:
+            self._waiting.append((model, from_))
+            return NOREPLY
+        return answer
 
     def _model_id(self, name: str) -> str:
         """Model id of ``default``, an instance, a loaded model or a card. Raises UnknownModel."""
         if name == "default" and self.desired.default:
             return self.desired.default
-        if name in self.records:
-            return self.records[name].model
-        for record in self.records.values():
-            if name in (record.model, record.wanted.model):
-                return record.model
-        return self._card_of(name)
+        return self.books.model_of(name) or self._lookup.card_of(name)
 
     def _route(self, model: str) -> Term | None:
         """An answer for ``find``, or None while it is worth waiting."""
-        mine = [r for r in self.records.values() if r.model == model]
-        for record in mine:
-            if record.state == "ready" and record.coordinator is not None:
-                return (Atom("ok"), record.id, record.coordinator)
-        if any(r.state in SERVED for r in mine):
-            return None
-        failed = [r for r in mine if r.state == "failed"]
-        if failed:
-            return (Atom("error"), Atom("failed"), f"instance {failed[0].id}: {failed[0].text}")
-        if self._autoload:
-            resolved = self._resolve(model)
-            record = self._begin(self._new_id(resolved.id), resolved, model, LoadOptions())
-            self._save(self.desired.add(record.wanted))
-            return None
-        return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
+        match self.books.route(model):
+            case Served(instance, coordinator):
+                return (Atom("ok"), instance, coordinator)
+            case ComingUp():
+                return None
+            case Failed(text):
+                return (Atom("error"), Atom("failed"), text)
+            case Absent() if not self._autoload:
+                return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
+            case Absent():
+                return self._demand(model)
+
+    def _demand(self, model: str) -> Term | None:
+        """Load ``model`` for whoever asks, unless that has just failed."""
+        failed_s, why = self._demand_failed.get(model, (0.0, ""))
+        if why and asyncio.get_running_loop().time() - failed_s < DEMAND_RETRY_S:
+            return (Atom("error"), Atom("failed"), why)
+        self._demand_failed.pop(model, None)
+        if self._refuse:
+            return (Atom("error"), Atom("no_compute"), self._refuse)
+        try:
+            resolved = self._lookup.resolve(self._lookup.card_of(model))
+        except ControlError as exc:
+            return (Atom("error"), Atom(exc.kind), str(exc))
+        self._begin(Record("", resolved.id, Wanted("", model), on_demand=True), resolved)
+        return None
 
     def _serve_waiting(self) -> None:
-        still = []
-        for model, from_ in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for model, from_ in waiting:
             answer = self._route(model)
             if answer is None:
-                still.append((model, from_))
+                self._waiting.append((model, from_))
             else:
                 gen_server.reply(self.me, from_, answer)
-        self._waiting = still
 
     def _path_of(self, name: str) -> Term:
         model = self._model_id(name)
-        for record in self.records.values():
-            if record.model == model and record.spec is not None:
-                return (Atom("ok"), model, str(record.spec.path), record.spec.context_tokens)
-        return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
+        record = self.books.first(lambda r: r.model == model and r.spec is not None)
+        if record is None or record.spec is None:
+            return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
+        return (Atom("ok"), model, str(record.spec.path), record.spec.context_tokens)
 
     # -- after a restart -------------------------------------------------------------------
 
-    async def _when_tree_is_up(self, me: Process) -> None:
+    async def _find_running(self, me: Process) -> None:
         me.send(self.me.pid, (Atom("running"), await bring_up.running_instances(me)))
 
     def _reconcile(self, running: list[Any]) -> None:
-        """Take over what runs, start what should run but does not."""
+        """Take over what runs, start what should run but does not, then answer who waited."""
+        wanted_of = {wanted.id: wanted for wanted in self.desired.wanted}
         for spec, group, history in running:
-            wanted = next(
-                (w for w in self.desired.wanted if w.id == spec.id), Wanted(spec.id, spec.model)
+            wanted = wanted_of.get(spec.id)
+            record = Record(
+                spec.id,
+                spec.model,
+                wanted or Wanted(spec.id, spec.model),
+                on_demand=wanted is None,
+                state="recovering",
+                ever_ready=True,
+                spec=spec,
             )
-            record = Record(spec.id, spec.model, wanted, state="recovering", spec=spec)
             record.history, record.group = history, self.me.monitor(group)
-            self.records[spec.id] = record
+            self.books.add(record)
             self.me.send(Atom(spec.id), Atom("announce"))
         for wanted in self.desired.wanted:
-            if wanted.id not in self.records:
-                self.records[wanted.id] = Record(wanted.id, wanted.model, wanted)
-                self._begin_again(self.records[wanted.id])
-        self._serve_waiting()
+            if wanted.id not in self.books:
+                self._begin_again(Record(wanted.id, wanted.model, wanted, ever_ready=True))
+        self._complete = True
+        early, self._early = self._early, []
+        for request, from_ in early:
+            answer = self._answer(request, from_)
+            if answer is not NOREPLY:
+                gen_server.reply(self.me, from_, answer)
 
     def _save(self, desired: Desired) -> None:
         self.desired = desired
@@ -457,29 +515,6 @@ class Scheduler(GenServer):
             write_desired(self._path, desired)
         except OSError as exc:
             log.error("cannot write %s: %s; the change is lost at a restart", self._path, exc)
-
-    def _describe(self, record: Record) -> dict[Any, Term]:
-        known = (
-            describe_spec(record.spec)
-            if record.spec
-            else {
-                Atom("id"): record.id,
-                Atom("model"): record.model,
-                Atom("strategy"): Atom("single"),
-                Atom("tensor_size"): 1,
-                Atom("pipeline_size"): 1,
-                Atom("engine"): record.wanted.options.engine or "torch",
-            }
-        )
-        return {
-            **known,
-            Atom("state"): Atom(record.state),
-            Atom("reason"): record.text,
-            Atom("epoch"): record.epoch,
-            Atom("restarts"): max(0, record.epoch - 1),
-            Atom("active_requests"): 0,
-            Atom("ranks"): [],
-        }
 
 
 async def find_server(me: Process, model: str, *, timeout_s: float) -> tuple[str, Pid]:
@@ -509,5 +544,5 @@ async def find_server(me: Process, model: str, *, timeout_s: float) -> tuple[str
                 return text_of(instance), pid
             case ("error", "unknown_model", text):
                 raise UnknownModel(model, told=text_of(text))
-            case ("error", _, text):
-                raise NotReady(model, text_of(text))
+            case ("error", kind, text):
+                raise NotReady(model, text_of(text), kind=str(kind))

@@ -11,6 +11,7 @@ from bridge import gen_server
 from bridge.gen_server import GenServer, Stop
 from bridge.process import Dest, Process
 from bridge.process_errors import CallError
+from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from control.child import ERROR, RESTARTING, UNDEFINED, Child, offender, report
 from control.restart import Budget, admit_restart
@@ -91,7 +92,7 @@ class SupervisorBase(GenServer):
             case (Atom("EXIT"), Pid() as pid, reason):
                 await self._exited(pid, reason)
             case _:
-                _log.error("supervisor received unexpected message: %.500r", message)
+                _log.error("supervisor received unexpected message: %s", show(message, 500))
 
     def format_state(self) -> Term:
         """What ``sys:get_state`` shows."""

@@ -104,11 +104,12 @@ class History:
     def is_final(self, status: int, *, was_ready: bool) -> bool:
         """Whether ``status`` is an answer of the program and not the death of a node.
 
-        1 is also what an uncaught exception leaves: it is an answer only before the node served.
+        1 is also what an uncaught exception leaves, 2 what a full disk may: they are answers only
+        before the node served.
         """
-        if status == REFUSED:
+        if status in (REFUSED, BAD_CONFIGURATION):
             return not (was_ready or self.ever_ready)
-        return status in (STOPPED, BAD_CONFIGURATION, NO_NODE)
+        return status in (STOPPED, NO_NODE)
 
     def after_death(self, *, ready_for_s: float | None) -> float | None:
         """Pause in seconds before the next start; None gives up.

@@ -22,7 +22,8 @@ _FIELD = re.compile(
     r"cookie|password|secret|authorization|api[-_]?key|(api|hf|bearer)[-_]?token", re.I
 )
 _BEARER = re.compile(
-    r"(?i)(bearer\s+|x-api-key['\":=\s]+|\b(?:hf_|sk-|phx-))[A-Za-z0-9._~+/=-]{8,}"
+    r"((?i:bearer)\s+|(?i:x-api-key)['\":=\s]+)[A-Za-z0-9._~+/=-]{8,}"
+    r"|(\b(?:hf_|sk-|phx-))[A-Za-z0-9_-]{20,}"  # long, so that HF_ENDPOINT and the like stay
 )
 _known: set[str] = set()
 
@@ -37,7 +38,7 @@ def redact(line: str) -> str:
     """``line`` without secrets."""
     for secret in _known:
         line = line.replace(secret, HIDDEN)
-    return _BEARER.sub(lambda found: found[1] + HIDDEN, line)
+    return _BEARER.sub(lambda found: (found[1] or found[2]) + HIDDEN, line)
 
 
 def hide_fields(

@@ -13,10 +13,8 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-
-import psutil
 
 from bridge import gen_server
 from bridge.epmd import Epmd
@@ -26,11 +24,13 @@ from bridge.process import Process
 from bridge.process_errors import StartError
 from bridge.term import Atom, Pid, Term
 from bridge.tls import TlsFiles
+from control.gateway.server import AddressUnavailable, check_address
 from ops import erlang_shell, logs
 from ops.config import Config, load
 from ops.errors import OpsError
 from ops.heart_client import HeartClient
-from ops.home import Home, RunInfo, open_home, write_atomically
+from ops.home import Home, RunInfo, open_home
+from ops.life import Life
 from ops.loop_guard import CRASHED, guard_loop
 from ops.node_parts import make_parts
 from ops.start_models import StartFailed, bring_up_models
@@ -89,12 +89,19 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
         return _say(exc, BAD_CONFIGURATION)
     stopping = _StopRequest()
     stopping.on_signals()
+    life, first = Life.begin(home.state_dir / "life.json")
+    settings = replace(settings, http_port=settings.http_port or life.http_port)
+    try:
+        await check_address(settings.http_host, settings.http_port)
+    except AddressUnavailable as exc:
+        await node.stop()
+        return _say(exc, BAD_CONFIGURATION)
     parts = make_parts(node, settings, config, home, tls, stop=stopping.ask)
     watch = guard_loop()
     try:
         with node.open_process(label="node main") as me:
             me.trap_exit = True
-            status = await _serve(me, parts, settings, home, tls, heart, stopping)
+            status = await _serve(me, parts, settings, home, tls, heart, stopping, life, first)
     finally:
         watch.stop()
         beat.cancel()
@@ -112,6 +119,8 @@ async def _serve(
     tls: TlsFiles | None,
     heart: HeartClient,
     stopping: _StopRequest,
+    life: Life,
+    first: bool,
 ) -> int:
     """Start the tree, load the start models, wait for the end; the exit status."""
     try:
@@ -119,18 +128,20 @@ async def _serve(
     except StartError as exc:
         return _start_failed(exc)
     assert me.node.address is not None
-    home.write_run(
-        RunInfo(
-            node=settings.node,
-            url=parts.address.url,
-            dist_port=me.node.address[1],
-            epmd_port=settings.epmd_port,
-            tls=asdict(tls) if tls else None,
-        )
+    run = RunInfo(
+        node=settings.node,
+        url=parts.address.url,
+        dist_port=me.node.address[1],
+        epmd_port=settings.epmd_port,
+        tls=asdict(tls) if tls else None,
     )
-    models = asyncio.create_task(
-        bring_up_models(me.node, settings, first_life=_is_first_life(home))
-    )
+    try:
+        home.write_run(run)
+    except OpsError as exc:  # a full disk hides the node from ctl; it serves all the same
+        log.error("%s", exc)
+    life = replace(life, http_port=parts.address.port)
+    life.write(home.state_dir / "life.json")
+    models = asyncio.create_task(bring_up_models(me.node, settings, first_life=first))
     ends = [
         asyncio.create_task(stopping.wait()),
         asyncio.create_task(heart.gone.wait()),
@@ -157,20 +168,6 @@ async def _serve(
     finally:
         for task in (models, *ends):
             task.cancel()
-
-
-def _is_first_life(home: Home) -> bool:
-    """Whether heart was just started, not this process by it again."""
-    try:
-        heart = f"{os.getppid()} {psutil.Process(os.getppid()).create_time():.0f}"
-    except psutil.NoSuchProcess:  # heart is gone already: this life is about to end
-        return False
-    record = home.state_dir / "heart"
-    with contextlib.suppress(FileNotFoundError):
-        if record.read_text() == heart:
-            return False
-    write_atomically(record, heart)
-    return True
 
 
 async def _ended(node: Node, root: Pid) -> Term:
@@ -233,9 +230,12 @@ class _StopRequest:
 
     def on_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises instead
+        numbers = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGTERM)]
+        for number in numbers:
+            try:
                 loop.add_signal_handler(number, self.ask, False)
+            except NotImplementedError:  # Windows: handlers run between two steps of the loop
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.ask, False))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ async def bring_up_models(node: Node, settings: StartSettings, *, first_life: bo
     """
     with node.open_process(label="start models") as me:
         await wait_for_names(me, ("scheduler", "model_store", "instance_sup"))
-        mine = []
         if first_life:
             mine = await _load_start_models(me, settings)
-        await _Progress().until_settled(me, mine)
+        else:
+            mine = [id_ for id_, model in await _wanted(me) if model in settings.models]
+        await _Progress().until_settled(me, mine, must_serve=first_life)
 
 
 async def _load_start_models(me: Process, settings: StartSettings) -> list[str]:
@@ -43,8 +44,7 @@ async def _load_start_models(me: Process, settings: StartSettings) -> list[str]:
     if settings.no_model:
         await _ask(me, (Atom("forget_all"),))
         return []
-    wanted = await _ask(me, (Atom("wanted"),))
-    have = {text_of(model): text_of(id_) for id_, model in wanted}
+    have = {model: id_ for id_, model in await _wanted(me)}
     asked = []
     for model in settings.models:
         if model in have:
@@ -60,6 +60,11 @@ async def _load_start_models(me: Process, settings: StartSettings) -> list[str]:
     return asked
 
 
+async def _wanted(me: Process) -> list[tuple[str, str]]:
+    """``(instance id, model)`` of the desired state."""
+    return [(text_of(i), text_of(m)) for i, m in await _ask(me, (Atom("wanted"),))]
+
+
 async def _ask(me: Process, request: Term) -> Any:
     request = request[0] if len(request) == 1 else request
     return await gen_server.call(me, Atom("scheduler"), request, timeout_s=ASK_S)
@@ -71,19 +76,22 @@ class _Progress:
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
 
-    async def until_settled(self, me: Process, mine: list[str]) -> None:
-        """Wait until no instance is on its way; raise if one of ``mine`` failed."""
+    async def until_settled(self, me: Process, mine: list[str], *, must_serve: bool) -> None:
+        """Wait until none of ``mine`` is on its way; others come up in their own time.
+
+        Raises:
+            StartFailed: one of them failed, and ``must_serve``.
+        """
         while True:
             rows = [known for _, known in await _ask(me, (Atom("instances"),))]
             for row in rows:
                 await self._show(me, row)
-                if row["state"] == "failed" and text_of(row["id"]) in mine:
+                if must_serve and row["state"] == "failed" and text_of(row["id"]) in mine:
                     raise StartFailed(
                         f"cannot serve {text_of(row['model'])}: {text_of(row['reason'])}"
                     )
-            known = {text_of(row["id"]) for row in rows}
-            wanted = {text_of(id_) for id_, _ in await _ask(me, (Atom("wanted"),))}
-            if wanted <= known and all(row["state"] in SETTLED for row in rows):
+            settled = {text_of(row["id"]) for row in rows if row["state"] in SETTLED}
+            if settled.issuperset(mine):
                 return
             await asyncio.sleep(POLL_S)
 

@@ -40,7 +40,7 @@ from control.model_store_server import ModelStoreServer
 from control.names import until_free
 from control.ports import Ports, StartPort
 from control.rank import RankLimits
-from control.scheduler import Resolved, Scheduler, Shape
+from control.scheduler import Lookup, Resolved, Scheduler, Shape
 from control.spec import ChildSpec, ChildType, Strategy, SupSpec
 from models.card import find_card
 
@@ -134,9 +134,15 @@ def _scheduler(p: Parts) -> Scheduler:
             raise UnknownModel(name, tuple(p.store.cards))
         return card.id
 
+    refuse = (
+        ""
+        if "compute" in p.roles
+        else (f"this machine's roles are {', '.join(p.roles)}; models run where `compute` is one")
+    )
     return Scheduler(
-        resolve,
-        card_of,
+        Lookup(resolve=resolve, card_of=card_of),
+        refuse=refuse,
+        limit_bytes=lambda: read_machine(p.machine_limits).limit_bytes,
         desired_path=p.state_dir / "desired.json",
         shape=p.shape,
         limits=p.rank_limits,

@@ -18,6 +18,8 @@ from control.gateway.generation_text import Delta, completion_logprobs, usage
 from control.gateway.json_response import Json
 from control.gateway.openai_types import CompletionRequest
 
+DEFAULT_MAX_TOKENS = 16  # OpenAI's own, for completions; a chat has the room left
+
 
 def router(gateway: Gateway) -> APIRouter:
     """The route, served by ``gateway``."""
@@ -39,7 +41,7 @@ def router(gateway: Gateway) -> APIRouter:
             body,
             encoded,
             param="prompt",
-            max_tokens=body.max_tokens,
+            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             request_id=request.state.request_id,
         )

@@ -46,6 +46,7 @@ class GatewayServer(GenServer):
             write_timeout_s=write_timeout_s,
         )
         app = create_app(api, settings=settings, control=api)
+        api.url = lambda: address.url
         api.on_recovery = app.state.gateway.metrics.recovery_pause.observe
         self._server = HttpServer(app, host=address.host, port=address.port)
 

@@ -118,6 +118,11 @@ class HttpServer:
                 connection.transport.abort()
 
 
+async def check_address(host: str, port: int) -> None:
+    """Whether ``host:port`` can be listened on now. Raises AddressUnavailable."""
+    (await _listen(host, port)).close()
+
+
 async def _listen(host: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:

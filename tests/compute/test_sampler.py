@@ -134,7 +134,7 @@ def test_a_bias_outside_the_vocabulary_is_refused(token_id: int) -> None:
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
-        {"top_p": 0.0},
+        {"top_p": -0.1},
         {"top_p": 1.1},
         {"top_k": -1},
         {"min_p": 1.5},

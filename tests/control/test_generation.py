@@ -23,8 +23,9 @@ REQUEST = GenerateRequest(model="m", prompt_ids=(1, 2, 3), max_tokens=12, reques
 class Books(GenServer):
     """Stands for the scheduler: starts the next epoch's server for every question."""
 
-    def __init__(self, lives: list[int]) -> None:
+    def __init__(self, lives: list[int], *, admits: bool = True) -> None:
         super().__init__()
+        self.admits = admits
         self.lives = lives  # tokens each epoch sends before it dies
         self.epoch = 0
 
@@ -33,7 +34,9 @@ class Books(GenServer):
             case ("find", "m"):
                 self.epoch += 1
                 life = self.lives.pop(0) if self.lives else 100
-                pid = await gen_server.start(self.me.node, Server(life, self.epoch))
+                pid = await gen_server.start(
+                    self.me.node, Server(life, self.epoch, admits=self.admits or life > 0)
+                )
                 return (Atom("ok"), "m-1", pid)
             case ("find", _):
                 return (Atom("error"), Atom("unknown_model"), "no such model")
@@ -44,8 +47,9 @@ class Books(GenServer):
 class Server(GenServer):
     """Stands for coordinator and rank: token n is 100 + n; dies after ``life`` tokens."""
 
-    def __init__(self, life: int, epoch: int) -> None:
+    def __init__(self, life: int, epoch: int, *, admits: bool) -> None:
         super().__init__()
+        self.admits = admits
         self.life, self.epoch = life, epoch
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
@@ -59,6 +63,8 @@ class Server(GenServer):
     async def _speak(self, me: Process, to: Pid, ref: Ref, options: dict[Any, Term]) -> None:
         start = len(options["generated"])
         assert options["generated"] == [100 + n for n in range(start)]
+        if self.admits:
+            me.send(to, (Atom("admitted"), ref))
         for index in range(start, options["max_tokens"]):
             if self.life == 0:
                 raise RuntimeError("rank lost")
@@ -70,16 +76,16 @@ class Server(GenServer):
         me.send(to, (Atom("done"), ref, Atom("length"), b""))
 
 
-async def run(lives: list[int], request: GenerateRequest = REQUEST) -> tuple[list[Any], int, Any]:
+async def run(lives: list[int], *, admits: bool = True) -> tuple[list[Any], int, Any]:
     node = Node("t@127.0.0.1", "c")
     journal = Journal()
     pauses: list[float] = []
-    books = Books(lives)
+    books = Books(lives, admits=admits)
     await gen_server.start(node, books, name="scheduler")
     events = [
         event
         async for event in generate(
-            node, journal, request, limits=LIMITS, on_recovery=pauses.append
+            node, journal, REQUEST, limits=LIMITS, on_recovery=pauses.append
         )
     ]
     assert len(journal) == 0
@@ -108,8 +114,14 @@ def test_a_request_that_kills_every_server_ends_with_an_error() -> None:
     events, epochs, _ = asyncio.run(run([0] * 10))
     (done,) = events
     assert done.reason == "error"
-    assert "4 servers were lost" in done.text
+    assert "4 servers were lost in a row" in done.text
     assert epochs == 4
+
+
+def test_a_request_that_waits_in_a_queue_is_not_to_blame() -> None:
+    events, epochs, _ = asyncio.run(run([0] * 10, admits=False))
+    assert events == undisturbed()
+    assert epochs == 11
 
 
 def test_closing_the_iterator_ends_its_process_so_that_the_rank_hears_of_it() -> None:

@@ -56,7 +56,7 @@ def test_secrets_are_hidden_everywhere(
     log.info("joined", cookie="abc-short", api_key="k1-short", nested={"hf_token": "t1-short"})
     log.info(f"with {SECRET} inside", detail=[SECRET])
     logging.getLogger("y").info("header %s", "Authorization: Bearer aaaabbbbccccdddd")
-    logging.getLogger("y").info("key sk-aaaabbbbccccdddd token_id=5")
+    logging.getLogger("y").info("key sk-aaaabbbbccccddddeeee token_id=5")
     try:
         raise ValueError(f"bad {SECRET}")
     except ValueError:

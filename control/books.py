@@ -1,0 +1,149 @@
+"""The scheduler's books: one record an instance, and what they say about a question. Pure.
+
+Nothing here sends, waits or looks at a clock; the scheduler does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge.term import Atom, Pid, Ref, Term
+from control.desired import Desired, Wanted
+from control.instance import History, InstanceSpec, describe_spec
+
+COMING_UP = ("pulling", "loading", "recovering")  # states that a request waits for
+
+
+@dataclass(slots=True)
+class Record:
+    """The entry of one instance.
+
+    Attributes:
+        on_demand: a request brought it up; nobody asked for it to be kept.
+        worker: process that brings it up or takes it down.
+        group: monitor of its supervisor; ``watch``: of its coordinator.
+        reply_to: who waits for the answer of ``load``; ``leavers``: of ``unload``.
+    """
+
+    id: str
+    model: str
+    wanted: Wanted
+    on_demand: bool = False
+    state: str = "pulling"
+    text: str = ""
+    epoch: int = 0
+    ever_ready: bool = False
+    spec: InstanceSpec | None = None
+    coordinator: Pid | None = None
+    watch: Ref | None = None
+    worker: Pid | None = None
+    group: Ref | None = None
+    reply_to: Term = None
+    leavers: list[Term] = field(default_factory=list)
+    history: History = field(default_factory=History)
+
+    def describe(self) -> dict[Any, Term]:
+        """The instance's map as far as the books know it; its coordinator knows more."""
+        known = (
+            describe_spec(self.spec)
+            if self.spec
+            else {
+                Atom("id"): self.id,
+                Atom("model"): self.model,
+                Atom("strategy"): Atom("single"),
+                Atom("tensor_size"): 1,
+                Atom("pipeline_size"): 1,
+                Atom("engine"): self.wanted.options.engine or "torch",
+            }
+        )
+        return {
+            **known,
+            Atom("state"): Atom(self.state),
+            Atom("reason"): self.text,
+            Atom("epoch"): self.epoch,
+            Atom("restarts"): max(0, self.epoch - 1),
+            Atom("active_requests"): 0,
+            Atom("ranks"): [],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An instance is ready."""
+
+    instance: str
+    coordinator: Pid
+
+
+@dataclass(frozen=True, slots=True)
+class ComingUp:
+    """It is worth waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Every instance of the model failed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """No instance of the model is there."""
+
+
+class Books:
+    """All records."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Record] = {}
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    def __contains__(self, instance: str) -> bool:
+        return instance in self._records
+
+    def get(self, instance: str) -> Record | None:
+        return self._records.get(instance)
+
+    def add(self, record: Record) -> None:
+        self._records[record.id] = record
+
+    def remove(self, instance: str) -> None:
+        self._records.pop(instance, None)
+
+    def ids(self) -> list[str]:
+        return list(self._records)
+
+    def first(self, condition: Callable[[Record], bool]) -> Record | None:
+        """The oldest record that meets ``condition``."""
+        return next((record for record in self if condition(record)), None)
+
+    def new_id(self, model: str, desired: Desired) -> str:
+        """``<model>-N``, free in the books and in the desired state."""
+        last = model.rstrip("/").rpartition("/")[2]  # of a path or a hub reference
+        slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in last.lower()).strip("-")
+        taken = {*self._records, *(wanted.id for wanted in desired.wanted)}
+        number = 1
+        while f"{slug}-{number}" in taken:
+            number += 1
+        return f"{slug}-{number}"
+
+    def model_of(self, name: str) -> str | None:
+        """Model id behind an instance's id, a loaded model's id or the reference it came by."""
+        record = self.first(lambda r: name in (r.id, r.model, r.wanted.model))
+        return record.model if record else None
+
+    def route(self, model: str) -> Served | ComingUp | Failed | Absent:
+        """Who serves ``model``."""
+        mine = [record for record in self if record.model == model]
+        for record in mine:
+            if record.state == "ready" and record.coordinator is not None:
+                return Served(record.id, record.coordinator)
+        if any(r.state in COMING_UP or r.state == "ready" for r in mine):
+            return ComingUp()
+        failed = [record for record in mine if record.state == "failed"]
+        return Failed(f"instance {failed[0].id}: {failed[0].text}") if failed else Absent()
