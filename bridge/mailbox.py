@@ -66,8 +66,13 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self._messages)
 
-    def put(self, message: Term) -> None:
-        """Add a message. An error in the owner's match function is raised at its receive."""
+    def put(self, message: Term, *, at_once: bool = False) -> None:
+        """Add a message. An error in the owner's match function is raised at its receive.
+
+        Args:
+            at_once: an owner that waits for it goes on in this very call, if it can. Saves a call
+                from another node one turn of the event loop.
+        """
         future = self._future
         if future is None or future.done():
             self._messages.append(message)
@@ -84,19 +89,10 @@ class Mailbox:
                 self._messages.append(message)
                 return
         self._handed = (len(self._messages), message)
-        future.set_result(value)
-
-    def put_from_peer(self, message: Term) -> None:
-        """``put`` from outside of all tasks: an owner that waits goes on at once, in this call.
-
-        Saves a call from another node one turn of the event loop.
-        """
-        future = self._future
-        if self._match is None and type(future) is Handover and not future.done():
-            self._handed = (len(self._messages), message)
-            future.hand_over(message)
+        if at_once and type(future) is Handover:
+            future.hand_over(value)
         else:
-            self.put(message)
+            future.set_result(value)
 
     def take(self, match: Match | None, skip: int = 0) -> Any:
         """Remove the first message that ``match`` wants; its value, or NOTHING.

@@ -163,19 +163,23 @@ class Peer:
 
     # --- inwards
 
-    def receive(self, message: Message) -> None:
-        """Do what a message of this peer asks for."""
+    def receive(self, message: Message, *, at_once: bool = False) -> None:
+        """Do what a message of this peer asks for.
+
+        Args:
+            at_once: let a process that waits for it go on in this call; no task may be running.
+        """
         node = self.node
         # Nearly all messages are these, and `match` is slow.
         if type(message) is SendName:
             process = node.named(message.to)
             if process is not None:
-                process.mailbox.put_from_peer(message.message)
+                process.mailbox.put(message.message, at_once=at_once)
             return
         if type(message) is Send:
             process = node.process(message.to)
             if process is not None:
-                process.mailbox.put_from_peer(message.message)
+                process.mailbox.put(message.message, at_once=at_once)
             return
         if type(message) is SendAlias:
             node.send_to_alias(message.to, message.message)
