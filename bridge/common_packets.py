@@ -35,7 +35,7 @@ def read(packet: bytes) -> Message | None:
     """The message of a whole packet (without its length), if it is one of the common ones.
 
     Raises:
-        DecodeError: of the term that follows the control tuple.
+        DecodeError: an identifier, or the term that follows, is broken.
     """
     try:
         head = packet[:6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 import tracemalloc
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge import etf
+from bridge import common_packets, etf
+from bridge.control_codec import NO_PAYLOAD, to_control
 from bridge.control_messages import (
     Demonitor,
     ExitSignal,
@@ -30,6 +32,7 @@ from bridge.control_messages import (
     UnlinkAck,
 )
 from bridge.errors import DecodeError, EncodeError, ProtocolError
+from bridge.etf import decode_term, encode_term
 from bridge.flags import HIDDEN_NODE, MANDATORY, VISIBLE_NODE, Flag
 from bridge.fragments import FRAGMENT_BYTES
 from bridge.term import Atom, Pid, Ref, Term
@@ -387,3 +390,43 @@ def test_references_and_names_that_are_booleans_stay_atoms() -> None:
     reply = SpawnReply(Ref("a@b", 1, (1,)), PID, False, True, PID)
     (found,) = Decoder(VISIBLE_NODE).feed(b"".join(Encoder(VISIBLE_NODE).encode(reply)))
     assert found == reply
+
+
+@settings(max_examples=200)
+@given(
+    sender=pids,
+    to=pids,
+    alias=refs,
+    name=plain_atoms,
+    term=terms,
+    variant=st.sampled_from(
+        [VISIBLE_NODE, VISIBLE_NODE & ~int(Flag.ALTACT_SIG), VISIBLE_NODE & ~int(Flag.SEND_SENDER)]
+    ),
+)
+def test_the_short_way_of_common_packets_is_the_general_one(
+    sender: Pid, to: Pid, alias: Ref, name: Atom, term: Term, variant: int
+) -> None:
+    messages: list[Message] = [
+        Send(sender, to, term),
+        SendName(sender, name, term),
+        SendAlias(sender, alias, term),
+        Monitor(sender, to, alias),
+        Monitor(sender, name, alias),
+        Demonitor(sender, to, alias),
+    ]
+    for message in messages:
+        control, payload = to_control(message, variant)
+        general = encode_term(control, b"\x83D\0")
+        short = common_packets.control(message, variant)
+        assert short is None or short == general
+        packet = general if payload is NO_PAYLOAD else encode_term(payload, general)
+        decode_term(packet, 3)  # now all in it has been seen
+        found = common_packets.read(packet)
+        names = {sender.node, to.node, alias.node, name}
+        if variant == VISIBLE_NODE and all(len(one.encode()) < 256 for one in names):
+            assert found == message or names & {"true", "false"}
+        else:
+            assert found in (None, message)
+        for cut in range(len(general)):
+            with contextlib.suppress(DecodeError):
+                assert common_packets.read(packet[:cut]) is None
