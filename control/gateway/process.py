@@ -7,7 +7,7 @@ from functools import partial
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer, Stop
 from bridge.process import Process
-from bridge.term import Atom, Term
+from bridge.term import Atom, Pid, Term
 from control.cluster_api import ClusterApi
 from control.gateway.app import create_app
 from control.gateway.server import AddressUnavailable, HttpServer
@@ -40,6 +40,7 @@ class GatewayServer(GenServer):
         self.address = address
         self._drain_s = drain_s
         self._draining = False
+        self._watcher: Pid | None = None
         settings = GatewaySettings(
             max_body_bytes=max_body_bytes,
             open_timeout_s=open_timeout_s,
@@ -59,7 +60,7 @@ class GatewayServer(GenServer):
             self.address.host, self.address.port = await self._server.start()
         except AddressUnavailable as exc:
             raise Stop((Atom(exc.kind), str(exc))) from exc
-        me.spawn(self._watch, link=True, label="http server")
+        self._watcher = me.spawn(self._watch, link=True, label="http server")
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
@@ -74,10 +75,10 @@ class GatewayServer(GenServer):
 
     async def handle_info(self, message: Term) -> None:
         match message:
-            case ("EXIT", _, _) if self._draining:
-                pass
-            case ("EXIT", _, reason):
+            case ("EXIT", pid, reason) if pid == self._watcher and not self._draining:
                 raise Stop((Atom("http_server_ended"), reason))
+            case ("EXIT", _, _):
+                pass  # a drain that ended
             case _:
                 await super().handle_info(message)
 

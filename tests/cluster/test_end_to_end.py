@@ -215,3 +215,44 @@ def test_ctl_stop_leaves_nothing_behind(make_node: Callable[..., LiveNode]) -> N
     assert node.heart.wait(30) == 0
     assert not node.port_pids()
     assert node.ctl("status").returncode == 3
+
+
+def kill_all_ports(node: LiveNode) -> None:
+    """The rank and every spare, so that nothing is ready to take over."""
+    for pid in node.port_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_streams_go_on_when_no_spare_is_left(make_node: Callable[..., LiveNode]) -> None:
+    node = make_node()
+    undisturbed = Stream(node, max_tokens=60).result()
+    # More streams than slots: those that wait in the queue are not to blame for any death.
+    streams = [Stream(node, max_tokens=60) for _ in range(7)]
+    for _ in range(5):
+        wait_until(lambda: any(len(s.pieces) > 3 or not s.is_alive() for s in streams), 60)
+        kill_all_ports(node)
+        new_ask = ask(node, max_tokens=8)
+        assert "Paris" in new_ask, "a request that comes in between waits"
+    assert [stream.result() for stream in streams] == [undisturbed] * 7
+    assert node.instance()["restarts"] >= 5
+
+
+@pytest.mark.parametrize(
+    "extremes",
+    [
+        {"top_p": 0},
+        {"temperature": 2, "top_p": 1, "top_k": 0, "min_p": 1},
+        {"temperature": 5e-324},
+        {"temperature": 0, "seed": 2**63 - 1},
+        {"presence_penalty": -2, "frequency_penalty": 2, "logit_bias": {"0": -100, "5": 100}},
+        {"top_logprobs": 20, "logprobs": True},
+        {"stop": ["\u00e9", "\n\n", " ", "x" * 500]},
+    ],
+)
+def test_no_allowed_value_disturbs_the_rank(
+    shared_node: LiveNode, extremes: dict[str, object]
+) -> None:
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 3, **extremes}
+    answer = httpx.post(f"{shared_node.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert shared_node.instance()["epoch"] == 1
