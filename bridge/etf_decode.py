@@ -22,6 +22,8 @@ _U16: Final = struct.Struct(">H").unpack_from
 _U32: Final = struct.Struct(">I").unpack_from
 _I32: Final = struct.Struct(">i").unpack_from
 _F64: Final = struct.Struct(">d").unpack_from
+_INT_FLOAT: Final = struct.Struct(">ixd").unpack_from
+_BYTE_FLOAT: Final = struct.Struct(">Bxd").unpack_from
 _PID_TAIL: Final = struct.Struct(">III").unpack_from
 _PID_TAIL_OLD: Final = struct.Struct(">IIB").unpack_from
 _PORT_TAIL: Final = struct.Struct(">QI").unpack_from
@@ -88,8 +90,20 @@ def _read(
         elif tag == 104:  # SMALL_TUPLE_EXT
             if not depth:
                 raise DecodeError(_TOO_DEEP)
-            below, pos = _read(data, pos + 2, data[pos + 1], depth - 1, atom_table)
-            append(tuple(below))
+            # {Integer, Float} comes in long lists: probabilities, times, coordinates.
+            if data[pos + 1] == 2 and data[pos + 2] == 98 and data[pos + 7] == 70:
+                pair = _INT_FLOAT(data, pos + 3)
+                pos += 16
+            elif data[pos + 1] == 2 and data[pos + 2] == 97 and data[pos + 4] == 70:
+                pair = _BYTE_FLOAT(data, pos + 3)
+                pos += 13
+            else:
+                below, pos = _read(data, pos + 2, data[pos + 1], depth - 1, atom_table)
+                append(tuple(below))
+                continue
+            if pair[1] - pair[1] != 0.0:
+                raise DecodeError("float is not finite")
+            append(pair)
         elif tag == 70:  # NEW_FLOAT_EXT
             (value,) = _F64(data, pos + 1)
             if value - value != 0.0:  # infinite, or not a number

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+COMPILE_S = 900.0  # for another process to compile the kernels that this one waits for
+
 if TYPE_CHECKING:
     from models.spec import ModelSpec
 
@@ -179,12 +181,22 @@ def load_engine(
 
 
 def warm_up() -> None:
-    """Import what ``load_engine`` will need on this machine, so that it is short later."""
-    if _best_device() == "cpu":
-        import compute.cpu.engine as _engine
-    else:
-        import compute.torch.engine as _engine  # type: ignore[no-redef]
-    del _engine
+    """Import, and on a CPU compile, what ``load_engine`` will need, so that it is short later.
+
+    Of several processes that start together one compiles, the others wait and take its code.
+    """
+    if _best_device() != "cpu":
+        import compute.torch.engine  # noqa: F401
+
+        return
+    import filelock
+    import numba
+
+    from compute.cpu.warm import warm_up as compile_kernels
+
+    folder = Path(numba.config.CACHE_DIR)  # type: ignore[attr-defined]  # set at run time
+    with filelock.FileLock(folder / "compiling.lock", timeout=COMPILE_S):
+        compile_kernels()
 
 
 def _best_device() -> str:

@@ -41,6 +41,7 @@ def main() -> None:
     )
     logging.getLogger("bridge.net_kernel").setLevel(logging.WARNING)  # it dials often when orphaned
     settings = PortSettings.read(sys.stdin.buffer)
+    os.environ["PHALANX_CACHE_DIR"] = settings.cache_dir
     status = asyncio.run(_run(settings))
     sys.stderr.flush()
     os._exit(status)  # the engine thread may be deep in a kernel; nothing is left to save

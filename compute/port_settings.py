@@ -23,6 +23,7 @@ class PortSettings:
         port_id: unique on the machine, chosen by the control process.
         node: distribution name of this port, ``NAME@HOST``; hidden.
         control_node: distribution name of the owner.
+        cache_dir: where compiled kernels are kept.
         epmd_port: where EPMD tells the owner's address, now and after it was restarted.
         tls: paths of the certificates where the distribution is over TLS.
         orphan_s: seconds without an owner after which the port ends itself.
@@ -33,6 +34,7 @@ class PortSettings:
     node: str
     control_node: str
     cookie: str
+    cache_dir: str
     epmd_port: int
     tls: TlsFiles | None = None
     orphan_s: float = 9.0

@@ -192,6 +192,7 @@ class Engine(Section):
     num_slots: int = Field(default=4, alias="slots", ge=1, le=1024)
     device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d{1,3})?$")] | None = None
     spare_ports: int = Field(default=1, ge=0, le=64)
+    kernel_cache: Path | None = None
 
 
 class Limits(Section):

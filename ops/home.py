@@ -70,6 +70,7 @@ class Home:
         self.models_dir = root / "models"
         self.state_dir = root / "state"
         self.logs_dir = root / "logs"
+        self.cache_dir = root / "cache"
         self.run_file = root / "run.json"
         self.config_file = root / "config.yaml"
 

@@ -54,6 +54,7 @@ def make_parts(
             cookie=home.cookie(),
             epmd_port=settings.epmd_port,
             logs_dir=home.logs_dir,
+            cache_dir=config.engine.kernel_cache or home.cache_dir,
             tls=tls,
         ),
         stop=stop,

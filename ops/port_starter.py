@@ -21,6 +21,7 @@ class PortStarter:
     cookie: str
     epmd_port: int
     logs_dir: Path
+    cache_dir: Path
     tls: TlsFiles | None = None
 
     def __call__(self, port_id: str) -> OsChild:
@@ -32,12 +33,13 @@ class PortStarter:
                 "node": f"{port_id}@{host}",
                 "control_node": self.control_node,
                 "cookie": self.cookie,
+                "cache_dir": str(self.cache_dir),
                 "epmd_port": self.epmd_port,
                 "tls": asdict(self.tls) if self.tls else None,
             }
         )
         return OsChild.start(
-            [sys.executable, "-m", "compute.port"],
+            [sys.executable, "-P", "-m", "compute.port"],
             first_line=line.encode(),
             log_path=self.logs_dir / f"port-{port_id}.log",
         )

@@ -16,7 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache_folder() -> Path:
-    """A folder of the user named after the kernels' source.
+    """A folder named after the kernels' source: in ``PHALANX_CACHE_DIR`` (a port's is in its
+    node's home), else among the user's caches.
 
     numba only notices a change of the file that holds the cached function, not of what it
     calls; a name made from all sources keeps stale code from being used.
@@ -24,7 +25,10 @@ def _cache_folder() -> Path:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    if sys.platform == "win32":
+    told = os.environ.get("PHALANX_CACHE_DIR")
+    if told:
+        root = Path(told)
+    elif sys.platform == "win32":
         root = Path(os.environ.get("LOCALAPPDATA") or tempfile.gettempdir())
     elif sys.platform == "darwin":
         root = Path.home() / "Library" / "Caches"
@@ -32,7 +36,7 @@ def _cache_folder() -> Path:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"kernels-{digest.hexdigest()[:16]}"
     try:
-        folder = root / "phalanx" / name
+        folder = root / name if told else root / "phalanx" / name
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK)
     except OSError:

@@ -263,3 +263,27 @@ def test_the_memos_are_bounded_and_never_mix_terms_up() -> None:
 def test_improper_lists_keep_their_tail() -> None:
     alias = ImproperList((Atom("alias"),), Ref("a@b", 1, (1, 2, 3)))
     assert etf.decode(etf.encode([alias])) == [alias]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(-(2**33), 2**33) | st.integers(0, 300),
+            st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 300),
+        ),
+        max_size=20,
+    )
+)
+def test_pairs_of_numbers_survive_and_fail_as_all_else(pairs: list[tuple[int, float]]) -> None:
+    data = encode(pairs)
+    assert decode(data) == pairs
+    for cut in range(len(data)):
+        with pytest.raises(DecodeError):
+            decode(data[:cut])
+
+
+@pytest.mark.parametrize("head", [b"\x83h\x01h\x02b\0\0\1\0F", b"\x83h\x01h\x02a\1F"])
+def test_a_pair_with_a_float_that_is_no_number_is_refused(head: bytes) -> None:
+    for bits in (b"\x7f\xf8", b"\x7f\xf0", b"\xff\xf0"):
+        with pytest.raises(DecodeError, match="not finite"):
+            decode(head + bits + bytes(6))

@@ -23,7 +23,10 @@ def models_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Path.home() / ".cache" / "phalanx-tests" / "store"
     asyncio.run(_fetch(store))
     config = tmp_path_factory.mktemp("config") / "config.yaml"
-    config.write_text(f"models:\n  dir: {store}\nengine:\n  slots: 4\n  threads: 1\n")
+    kernels = store.parent / "kernels"
+    config.write_text(
+        f"models:\n  dir: {store}\nengine:\n  slots: 4\n  threads: 1\n  kernel_cache: {kernels}\n"
+    )
     return config
 
 

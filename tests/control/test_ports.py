@@ -39,6 +39,7 @@ async def broker(folder: Path, *, num_spares: int = 0) -> AsyncIterator[tuple[No
         cookie="SECRETCOOKIE",
         epmd_port=epmd_port,
         logs_dir=folder,
+        cache_dir=Path.home() / ".cache" / "phalanx-tests" / "kernels",
     )
     server = Ports(
         starter, record_path=folder / "ports.json", num_spares=num_spares, name_prefix="p"
