@@ -161,6 +161,7 @@ class PortServer(GenServer):
         spec = engine.spec
         return {
             Atom("device"): engine.device,
+            Atom("kernels"): Atom("compiled" if engine.device.startswith("cpu") else "torch"),
             Atom("memory_bytes"): engine.memory_bytes,
             Atom("context_tokens"): engine.context_tokens,
             Atom("layers"): [0, spec.num_layers],

@@ -230,6 +230,7 @@ class Coordinator(GenServer):
             Atom("os_pid"): known["os_pid"],
             Atom("state"): Atom(self.state),
             Atom("device"): facts.get("device", self.spec.device or "cpu:0"),
+            Atom("kernels"): facts.get("kernels", Atom("undefined")),
             Atom("layers"): facts.get("layers", []),
             Atom("kv_heads"): facts.get("kv_heads", []),
             Atom("memory_bytes"): known["memory_bytes"],

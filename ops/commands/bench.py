@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.table import Table
 
-from ops.bench import serving
-from ops.commands.options import HomeOption, JsonOption, target
+from bridge.term import Atom
+from control.json_view import to_json
+from ops.client import ask
+from ops.commands.options import HomeOption, JsonOption, NodeOption, target
 from ops.commands.output import note, show
 from ops.errors import NoNode, Refused
 
@@ -24,23 +25,26 @@ def bench(
         int, typer.Option(min=0, help="Kill a rank this many times while it generates.")
     ] = 0,
     home: HomeOption = None,
+    node: NodeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure prefill, decode, batch and (with --chaos) recovery of the local node."""
-    where = target(home, None)
-    found = where.home.read_run()
-    if found is None:
-        raise NoNode(f"no node runs on {where.home.root}; start one with `ctl start`.")
+    """Measure prefill, decode, batch and (with --chaos, on its own machine) recovery of a node."""
+    # Slow to import, and only needed here.
+    import httpx
+
+    from ops.bench import serving
+
+    url = str(to_json(ask(target(home, node), Atom("status")))["url"])
     plan = serving.Plan(
         prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, runs=runs, chaos=chaos
     )
 
     try:
-        report = asyncio.run(serving.run(found.url, model, plan, say=note))
+        report = asyncio.run(serving.run(url, model, plan, say=note))
     except httpx.HTTPStatusError as exc:
         raise Refused("bench", str(exc)) from exc
     except httpx.HTTPError as exc:
-        raise NoNode(f"{found.url} does not answer: {exc!r}") from exc
+        raise NoNode(f"{url} does not answer: {exc!r}") from exc
     except serving.TooShort as exc:
         raise Refused("bench", str(exc)) from exc
     show(report.to_json(), json, _table)

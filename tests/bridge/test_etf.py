@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from bridge import etf
 from bridge.errors import DecodeError, EncodeError
@@ -275,15 +276,15 @@ def test_improper_lists_keep_their_tail() -> None:
     )
 )
 def test_pairs_of_numbers_survive_and_fail_as_all_else(pairs: list[tuple[int, float]]) -> None:
-    data = encode(pairs)
-    assert decode(data) == pairs
+    data = etf.encode(pairs)
+    assert etf.decode(data) == pairs
     for cut in range(len(data)):
         with pytest.raises(DecodeError):
-            decode(data[:cut])
+            etf.decode(data[:cut])
 
 
 @pytest.mark.parametrize("head", [b"\x83h\x01h\x02b\0\0\1\0F", b"\x83h\x01h\x02a\1F"])
 def test_a_pair_with_a_float_that_is_no_number_is_refused(head: bytes) -> None:
     for bits in (b"\x7f\xf8", b"\x7f\xf0", b"\xff\xf0"):
         with pytest.raises(DecodeError, match="not finite"):
-            decode(head + bits + bytes(6))
+            etf.decode(head + bits + bytes(6))
