@@ -17,25 +17,12 @@ from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
 from control.backend import Backend, DoneEvent, FinishReason, GenerateRequest, OpenModel
-from control.errors import ControlError
+from control.desired import BadOption
 from control.gateway.generation_text import AnswerText
 from models import chat
 from models.errors import ModelError
 
 OPEN_S = 600.0
-
-
-class BadGenerate(ControlError):
-    """An option or prompt that cannot be honoured; the text names it."""
-
-    kind = "bad_option"
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +39,7 @@ class Options:
 
     @staticmethod
     def from_term(options: Mapping[Any, Term]) -> Options:
-        """Raises BadGenerate with the option's name."""
+        """Raises BadOption with the option's name."""
         found: dict[str, Any] = {}
         for key, value in options.items():
             name = text_of(key)
@@ -80,9 +67,9 @@ def _option(name: str, value: Term) -> Any:
         case "stream_to" if isinstance(value, Pid):
             return value
         case "max_tokens" | "temperature" | "top_p" | "seed" | "stop" | "raw" | "stream_to":
-            raise BadGenerate(f"{name}: {show(value, 80)} is of the wrong type or out of range")
+            raise BadOption(f"{name}: {show(value, 80)} is of the wrong type or out of range")
         case _:
-            raise BadGenerate(
+            raise BadOption(
                 f"unknown option {name!r}; known: max_tokens, temperature, top_p, seed, stop, "
                 "raw, stream_to"
             )
@@ -127,7 +114,7 @@ async def prepare(backend: Backend, model: str, prompt: Term, options: Options) 
     ids = _prompt_ids(opened, prompt, raw=options.raw)
     room = opened.context_tokens - len(ids)
     if room <= 0:
-        raise BadGenerate(
+        raise BadOption(
             f"the prompt has {len(ids)} tokens, the context of {opened.id} {opened.context_tokens}"
         )
     request = GenerateRequest(
@@ -172,23 +159,23 @@ def _prompt_ids(opened: OpenModel, prompt: Term, *, raw: bool) -> tuple[int, ...
     match prompt:
         case [dict(), *_] if all(isinstance(m, dict) for m in prompt):
             if template is None:
-                raise BadGenerate(f"model {opened.id} has no chat template; give text instead")
+                raise BadOption(f"model {opened.id} has no chat template; give text instead")
             messages = [{text_of(k): text_of(v) for k, v in m.items()} for m in prompt]
         case str() | bytes() | list() if raw or template is None:
             ids = tokenizer.encode(text_of(prompt))
             bos = (tokenizer.bos_id,) if tokenizer.add_bos and tokenizer.bos_id is not None else ()
             if not ids and not bos:
-                raise BadGenerate("the prompt is empty")
+                raise BadOption("the prompt is empty")
             return (*bos, *ids)
         case str() | bytes() | list():
             messages = [{"role": "user", "content": text_of(prompt)}]
         case _:
-            raise BadGenerate(f"a prompt is text or a list of message maps, got {show(prompt, 80)}")
+            raise BadOption(f"a prompt is text or a list of message maps, got {show(prompt, 80)}")
     try:
         assert template is not None, "text goes the other way without a template"
         text = chat.render(
             template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
     except ModelError as exc:
-        raise BadGenerate(f"the chat template of {opened.id} refuses this: {exc}") from exc
+        raise BadOption(f"the chat template of {opened.id} refuses this: {exc}") from exc
     return tuple(tokenizer.encode(text))

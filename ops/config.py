@@ -165,6 +165,7 @@ class Node(Section):
     )
     epmd_port: int = Field(default=4369, ge=1, le=65535)
     dist_port: TcpPort = 0
+    ticktime_s: float = Field(default=60.0, alias="ticktime", ge=1, le=3600)
     tls: Annotated[Tls | None, BeforeValidator(_switch)] = None
 
 

@@ -80,7 +80,12 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
     host = settings.node.partition("@")[2]
     try:
         tls = prepare(config.node.tls, home, host)
-        node = Node(settings.node, home.cookie(), tls=tls.contexts() if tls else None)
+        node = Node(
+            settings.node,
+            home.cookie(),
+            net_ticktime_s=config.node.ticktime_s,
+            tls=tls.contexts() if tls else None,
+        )
         erlang_shell.install(node)
         await node.start(
             listen=(host, config.node.dist_port), epmd=Epmd(tcp_port=settings.epmd_port)

@@ -147,6 +147,11 @@ def decide(
             f"{where} lets other machines in, and this version has no API keys yet to keep "
             f"strangers out. Use 127.0.0.1, or say --insecure to open it to everybody."
         )
+    if config.network.discovery == "static":
+        raise BadUsage(
+            f"{config_file} network.discovery: static names peers, but the cluster of this version "
+            f"is one machine; leave the section out."
+        )
     chosen = () if no_model else models or config.models.default
     return StartSettings(
         home=home.root,
