@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parents[2]
-ANSWER_S = 60.0
+ANSWER_S = 45.0
 START_S = 60.0  # a process that imports much on a busy machine
 _epochs = itertools.count(1)
 
