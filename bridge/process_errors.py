@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bridge.errors import BridgeError
+from bridge.show import show
 from bridge.term import Atom, Term
 
 
@@ -23,7 +24,7 @@ class Exit(ProcessError):
         self.quiet = quiet
 
     def __str__(self) -> str:
-        return f"exit: {self.reason!r}"
+        return f"exit: {show(self.reason, 500)}"
 
 
 class ReceiveTimeout(ProcessError):
@@ -56,7 +57,7 @@ class StartError(ProcessError):
         self.reason: Term = reason
 
     def __str__(self) -> str:
-        return f"server did not start: {self.reason!r}"
+        return f"server did not start: {show(self.reason, 500)}"
 
 
 class CallError(Exit):
@@ -75,7 +76,7 @@ class CallError(Exit):
         self.dest: Term = dest
 
     def __str__(self) -> str:
-        return f"call of {self.dest!r} failed: {self.why!r}"
+        return f"call of {show(self.dest)} failed: {show(self.why)}"
 
 
 class CallTimeout(CallError):

@@ -105,25 +105,22 @@ def _answer(
     me: Process, message: Term, state: Callable[[], Term], module: str, *, suspended: bool
 ) -> None:
     _, from_, request = message
-    name = request if isinstance(request, Atom) else None
-    if name is None and isinstance(request, tuple) and request:
-        name = request[0]
-    if name in ("suspend", "resume"):
-        answer: Term = OK
-    elif name == "get_state":
-        answer = (OK, state())
-    elif name == "get_status":
-        mode = _SUSPENDED if suspended else _RUNNING
-        answer = _status(me, state(), module, mode)
-    elif name == "terminate":
-        reply(me, from_, OK)
-        raise Terminate(request[1])
-    elif request == (Atom("debug"), Atom("no_debug")):
-        answer = OK
-    elif name in ("replace_state", "change_code", "debug"):
-        answer = (ERROR, (Atom("not_supported"), name))
-    else:
-        answer = (ERROR, (Atom("unknown_system_msg"), request))
+    match request:
+        case Atom("suspend") | Atom("resume"):
+            answer: Term = OK
+        case Atom("get_state"):
+            answer = (OK, state())
+        case Atom("get_status"):
+            answer = _status(me, state(), module, _SUSPENDED if suspended else _RUNNING)
+        case (Atom("terminate"), reason):
+            reply(me, from_, OK)
+            raise Terminate(reason)
+        case (Atom("debug"), Atom("no_debug")):
+            answer = OK
+        case (Atom("replace_state" | "debug") as name, _) | (Atom("change_code") as name, _, _, _):
+            answer = (ERROR, (Atom("not_supported"), name))
+        case _:
+            answer = (ERROR, (Atom("unknown_system_msg"), request))
     reply(me, from_, answer)
 
 

@@ -61,7 +61,7 @@ class Record:
         return {
             **known,
             Atom("state"): Atom(self.state),
-            Atom("reason"): self.text,
+            Atom("text"): self.text,
             Atom("epoch"): self.epoch,
             Atom("restarts"): max(0, self.epoch - 1),
             Atom("active_requests"): 0,

@@ -64,7 +64,7 @@ class Cluster(GenServer):
             case "instances":
                 return self._spawn(from_, api.instances)
             case "leader":
-                return self._forward(from_, "election", Atom("leader"))
+                return self._spawn(from_, self._leader)
             case "nodes":
                 return self._forward(from_, "membership", Atom("nodes"))
             case "topology":
@@ -108,7 +108,12 @@ class Cluster(GenServer):
             except ControlError as exc:
                 answer = _error(exc)
             except gen_server.CallError as exc:  # a part of the tree is being restarted
-                answer = (Atom("error"), Atom("unavailable"), f"{exc}; try again".encode())
+                answer = (Atom("error"), Atom("unavailable"), f"{exc}; try again")
+            except Exception as exc:
+                log.exception("a call of cluster failed")
+                answer = (Atom("error"), Atom("internal_error"), f"{type(exc).__name__}: {exc}")
+                gen_server.reply(me, from_, answer)
+                raise
             gen_server.reply(me, from_, answer)
 
         self.me.spawn(run, link=True, label="cluster call")
@@ -119,6 +124,14 @@ class Cluster(GenServer):
             return await gen_server.node_call(self.me.node, Atom(name), request, timeout_s=STORE_S)
 
         return self._spawn(from_, ask)
+
+    async def _leader(self) -> Term:
+        try:
+            return await gen_server.node_call(
+                self.me.node, Atom("election"), Atom("leader"), timeout_s=STORE_S
+            )
+        except gen_server.CallError:  # it is being restarted: nobody leads just now
+            return (Atom("error"), Atom("no_leader"))
 
     async def _load(self, model: Term, options: dict[Any, Term]) -> Term:
         return (_OK, await self._api.load_with(text_of(model), options))
@@ -141,65 +154,74 @@ class Cluster(GenServer):
             options = Options.from_term(raw)
         except ControlError as exc:
             return _error(exc)
-        if options.stream_to is not None:
-            return self._stream(from_, options.stream_to, model, prompt, options)
-
-        async def whole() -> Term:
-            text, last = "", None
-            prepared = await remote_generate.prepare(self._api, model, prompt, options)
-            async with aclosing(remote_generate.pieces(self._api, prepared)) as found:
-                async for last in found:
-                    text += last.text
-            if last is None or last.reason == "error":
-                return (Atom("error"), Atom("generation"), last.error if last else "no answer")
-            return (_OK, text, usage_term(last.usage))
-
-        return self._spawn(from_, whole)
-
-    def _stream(self, from_: Term, to: Pid, model: str, prompt: Term, options: Options) -> Any:
-        """Answer ``{ok, Ref}`` and send the tokens to ``to``; its death cancels."""
-        ref = self.me.make_ref()
+        watched = from_[0] if options.stream_to is None else options.stream_to
+        answer = _Answer(from_)
 
         async def run(me: Process) -> None:
-            watch = me.monitor(to)
-            work = me.spawn(
-                lambda worker: self._send_pieces(worker, from_, ref, to, model, prompt, options),
-                link=True,
+            """Own the answer; end the work when nobody waits for it any more."""
+            gone = me.monitor(watched)
+            worker, done = me.spawn_monitor(
+                lambda worker: self._work(worker, answer, model, prompt, options),
                 label="generate",
             )
-            done = me.monitor(work)
-            await me.receive(lambda m: m if _is_down(m, watch) or _is_down(m, done) else None)
-            me.exit(work, Atom("kill"))  # nothing happens if it has ended
+            await me.receive(lambda m: m if _is_down(m, gone) or _is_down(m, done) else None)
+            me.exit(worker, Atom("kill"))  # nothing happens if it has ended
+            text = "the process that waits for it has ended, or the work failed; see the log"
+            answer.give(me, (Atom("error"), Atom("cancelled"), text))
 
-        self.me.spawn(run, label="generate for a process")
+        self.me.spawn(run, link=True, label="generate for a process")
         return NOREPLY
 
-    async def _send_pieces(
-        self,
-        me: Process,
-        from_: Term,
-        ref: Ref,
-        to: Pid,
-        model: str,
-        prompt: Term,
-        options: Options,
+    async def _work(
+        self, me: Process, answer: _Answer, model: str, prompt: Term, options: Options
     ) -> None:
-        tag = Atom("phalanx")
+        """Generate: the answer whole, or as messages where the options name a receiver."""
         try:
             prepared = await remote_generate.prepare(self._api, model, prompt, options)
         except ControlError as exc:
-            gen_server.reply(me, from_, _error(exc))
+            answer.give(me, _error(exc))
             return
-        gen_server.reply(me, from_, (_OK, ref))
+        except gen_server.CallError as exc:
+            answer.give(me, (Atom("error"), Atom("unavailable"), f"{exc}; try again"))
+            return
+        to, ref = options.stream_to, me.make_ref()
+        if to is not None:
+            answer.give(me, (_OK, ref))
+        text, last = "", None
         async with aclosing(remote_generate.pieces(self._api, prepared)) as found:
-            async for piece in found:
-                if piece.reason is None:
-                    me.send(to, (tag, ref, (Atom("token"), piece.index, piece.text)))
-                    continue
-                usage = usage_term(piece.usage)
-                if piece.error:
-                    usage[Atom("error")] = piece.error
-                me.send(to, (tag, ref, (Atom("done"), Atom(piece.reason), usage)))
+            async for last in found:
+                text += last.text
+                if to is not None:
+                    me.send(to, (Atom("phalanx"), ref, _message(last)))
+        if last is None or last.reason == "error":
+            why = last.error if last else "no answer"
+            answer.give(me, (Atom("error"), Atom("generation"), why))
+        else:
+            answer.give(me, (_OK, text, usage_term(last.usage)))
+
+
+class _Answer:
+    """The one reply of a call that several processes work on."""
+
+    def __init__(self, from_: Term) -> None:
+        self._from = from_
+        self._given = False
+
+    def give(self, me: Process, term: Term) -> None:
+        """Reply, unless that was done."""
+        if not self._given:
+            self._given = True
+            gen_server.reply(me, self._from, term)
+
+
+def _message(piece: remote_generate.Piece) -> Term:
+    """``{token, N, Text}`` or ``{done, Reason, Usage}``."""
+    if piece.reason is None:
+        return (Atom("token"), piece.index, piece.text)
+    usage = usage_term(piece.usage)
+    if piece.error:
+        usage[Atom("error")] = piece.error
+    return (Atom("done"), Atom(piece.reason), usage)
 
 
 def _error(exc: ControlError) -> Term:

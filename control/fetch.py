@@ -298,7 +298,8 @@ class _Part:
         need_space(self.path.parent, total - start)
         with disk_errors(self.path.parent, total - start):
             file = self.path.open("r+b" if start else "wb")
-        with file:
+        # Closing writes too: a disk that is full says so once more, under the same name.
+        with disk_errors(self.path.parent, total - start), file:
             file.seek(start)
             file.truncate()
             done = start

@@ -285,6 +285,7 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
             start=partial(start_rank, rank),
             restart=Restart.PERMANENT,
             shutdown_s=10.0,
+            modules=("control.rank",),
         )
         for rank in range(spec.num_ranks)
     )

@@ -250,6 +250,8 @@ class _Fetching:
 
     def _first_that_works(self) -> Path:
         failures: list[tuple[str, ControlError]] = []
+        with disk_errors(self._work):  # so that who waits sees the note from the start
+            self._work.mkdir(parents=True, exist_ok=True)
         for number, source in enumerate(self._ref.sources):
             self._now = Progress(
                 model=self._ref.id, phase="downloading", source=describe_source(source)

@@ -301,7 +301,7 @@ class Scheduler(GenServer):
                 Atom("model"): record.model,
                 Atom("state"): Atom(state),
                 Atom("epoch"): record.epoch,
-                Atom("reason"): text,
+                Atom("text"): text,
             },
         )
 

@@ -88,7 +88,7 @@ class _Progress:
                 await self._show(me, row)
                 if must_serve and row["state"] == "failed" and text_of(row["id"]) in mine:
                     raise StartFailed(
-                        f"cannot serve {text_of(row['model'])}: {text_of(row['reason'])}"
+                        f"cannot serve {text_of(row['model'])}: {text_of(row['text'])}"
                     )
             settled = {text_of(row["id"]) for row in rows if row["state"] in SETTLED}
             if settled.issuperset(mine):
@@ -100,7 +100,7 @@ class _Progress:
         if text == "pulling":
             text += await self._pulled(me, text_of(row["model"]))
         if text == "failed":
-            text += f": {text_of(row['reason'])}"
+            text += f": {text_of(row['text'])}"
         if self._shown.get(id_) != text:
             self._shown[id_] = text
             print(f"{id_}: {text}", file=sys.stderr, flush=True)

@@ -113,7 +113,7 @@ def _progress(record: Record) -> str:
 
 
 def _reason(record: Record) -> str:
-    return plain(record["reason"]) if record.get("state") == "failed" else ""
+    return plain(record["text"]) if record.get("state") == "failed" else ""
 
 
 NODES: Final = (
@@ -222,7 +222,7 @@ def instances(data: Sequence[Record]) -> RenderableType:
         shown += [Text(), table("Ranks", RANKS, ranks)]
     for instance in data:
         if instance.get("state") == "failed":
-            why = f"{plain(instance.get('id'))} failed: {plain(instance.get('reason'))}"
+            why = f"{plain(instance.get('id'))} failed: {plain(instance.get('text'))}"
             shown += [Text(), Text(why, "red")]
     return Group(*shown)
 

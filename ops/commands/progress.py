@@ -88,7 +88,7 @@ async def until_ready(client: ClusterClient, instance: str) -> dict[str, Any]:
                 case "ready":
                     return dict(row)
                 case "failed":
-                    raise Refused("failed", f"{instance} failed: {row.get('reason') or 'unknown'}")
+                    raise Refused("failed", f"{instance} failed: {row.get('text') or 'unknown'}")
                 case "pulling":
                     with contextlib.suppress(Refused):  # then the instance says it itself, soon
                         await _show_pull(client, meter, row["model"])

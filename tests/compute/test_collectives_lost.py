@@ -79,7 +79,8 @@ def test_a_stopped_rank_is_noticed_by_the_time_out(
     world = joined(ranks, backend)
     for answer in lose_one(world, signal.SIGSTOP, capsys):
         assert SILENT_S / 2 <= answer["after_s"] < SILENT_S + LATE_S
-        assert answer["rank"] == 1 or backend == "hosts", answer
+        # With messages, a rank that waits for one that waits for the silent one names the former.
+        assert answer["rank"] == 1 or backend != "shm", answer
         assert "silent" in answer["why"] or "reported" in answer["why"] or backend == "hosts"
     others = [world.processes[0], world.processes[2]]
     alone = World(others, backend, hosts=[HOSTS[backend][0], HOSTS[backend][2]])

@@ -49,7 +49,7 @@ def instance(id_: str, state: str) -> dict[str, Any]:
         "id": id_,
         "model": id_.rpartition("-")[0],
         "state": Atom(state),
-        "reason": "tensor blk.0 is \x1b[31mcut short" if state == "failed" else "",
+        "text": "tensor blk.0 is \x1b[31mcut short" if state == "failed" else "",
         "epoch": 2,
         "strategy": Atom("single"),
         "tensor_size": 1,
