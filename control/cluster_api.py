@@ -29,10 +29,10 @@ from control.backend import (
     TokenEvent,
 )
 from control.errors import ControlError, NotReady, UnknownModel
+from control.find_server import find_server
 from control.generation import GenerationLimits, generate
 from control.journal import Journal
 from control.json_view import to_json
-from control.scheduler import find_server
 from models.checkpoint import open_checkpoint
 
 ASK_S = 5.0

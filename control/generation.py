@@ -24,8 +24,8 @@ from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control.backend import DoneEvent, GenerateRequest, TokenEvent
 from control.errors import NotReady, UnknownModel
+from control.find_server import find_server
 from control.journal import Entry, Journal, LostToken
-from control.scheduler import find_server
 
 log = logging.getLogger("control.generation")
 

@@ -37,7 +37,7 @@ from bridge.text import text_of
 from control import bring_up
 from control.books import Absent, Books, ComingUp, Failed, Record, Served
 from control.desired import Desired, LoadOptions, Wanted, read_desired, write_desired
-from control.errors import ControlError, NotReady, UnknownModel
+from control.errors import ControlError, NotReady
 from control.events import publish
 from control.instance import InstanceSpec
 from control.rank import RankLimits
@@ -515,34 +515,3 @@ class Scheduler(GenServer):
             write_desired(self._path, desired)
         except OSError as exc:
             log.error("cannot write %s: %s; the change is lost at a restart", self._path, exc)
-
-
-async def find_server(me: Process, model: str, *, timeout_s: float) -> tuple[str, Pid]:
-    """The instance that serves ``model`` and its coordinator, waiting for one that is coming up.
-
-    Raises:
-        UnknownModel: nothing is known by this name.
-        NotReady: nothing serves it, or not within ``timeout_s``.
-    """
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + timeout_s
-    while True:
-        left_s = deadline_s - loop.time()
-        if left_s <= 0:
-            raise NotReady(model, f"no instance became ready within {timeout_s:.0f} s")
-        try:
-            answer = await gen_server.call(
-                me, Atom("scheduler"), (Atom("find"), model), timeout_s=left_s
-            )
-        except gen_server.CallTimeout:
-            continue
-        except gen_server.CallError:  # it is being restarted
-            await asyncio.sleep(min(0.05, left_s))
-            continue
-        match answer:
-            case ("ok", instance, Pid() as pid):
-                return text_of(instance), pid
-            case ("error", "unknown_model", text):
-                raise UnknownModel(model, told=text_of(text))
-            case ("error", kind, text):
-                raise NotReady(model, text_of(text), kind=str(kind))
