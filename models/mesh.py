@@ -169,6 +169,11 @@ def mesh(
     return tuple(out)
 
 
+def head_rank(tensor_size: int, pipeline_size: int) -> int:
+    """The rank that plans and samples: the first of the last stage, where the logits are."""
+    return (pipeline_size - 1) * tensor_size
+
+
 def whole(spec: ModelSpec) -> RankShard:
     """All of a model, for one rank."""
     return mesh(spec, ((1,),))[0]

@@ -1,0 +1,252 @@
+"""One rank's connections in the mesh, and a step run over them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from compute.collectives import Backend, Group, Rendezvous, choose_backend, join
+from compute.orders import OrderReceiver, OrderSender
+from compute.stage import FloatArray, Peers, Row, Stage, num_positions
+from models.mesh import head_rank
+from models.sharding import RankShard
+
+PORTS = ("orders", "tensor", "after", "ring")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank can be met: a host that all others reach, and TCP ports it has reserved.
+
+    Attributes:
+        ports: by use: ``orders`` (the head's), ``tensor`` (first rank of a stage), ``after``
+            (link to the next stage), ``ring`` (mlx).
+    """
+
+    host: str
+    ports: Mapping[str, int]
+
+    def address(self, use: str) -> tuple[str, int]:
+        """Host and port."""
+        return self.host, self.ports[use]
+
+
+class Listeners:
+    """Sockets that hold a rank's reserved ports until they are used."""
+
+    def __init__(self, host: str) -> None:
+        """Raises OSError where this machine does not have such an address."""
+        self._sockets: dict[str, socket.socket] = {}
+        try:
+            for use in PORTS:
+                self._sockets[use] = socket.create_server((host, 0))
+        except OSError:
+            self.close()
+            raise
+        numbers = {use: int(s.getsockname()[1]) for use, s in self._sockets.items()}
+        self.place = Place(host, numbers)
+
+    def take(self, use: str) -> socket.socket:
+        """The socket, which belongs to the caller from now on."""
+        return self._sockets.pop(use)
+
+    def release(self, use: str) -> None:
+        """Free a port for a library that wants to listen itself."""
+        self._sockets.pop(use).close()
+
+    def close(self) -> None:
+        """Free what nobody took."""
+        while self._sockets:
+            self._sockets.popitem()[1].close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """How the ranks of a mesh find each other.
+
+    Attributes:
+        group: secret id of this generation of ranks; two groups never meet.
+        rank: this rank; ``mesh`` says what every rank holds.
+        hosts: machine of each rank; those with equal names share memory.
+        places, devices: of each rank.
+        timeout_s: for the others to come, ``step_timeout_s``: for a silent one to count as lost.
+    """
+
+    group: str
+    epoch: int
+    rank: int
+    mesh: tuple[RankShard, ...]
+    hosts: tuple[str, ...]
+    places: tuple[Place, ...]
+    devices: tuple[str, ...]
+    timeout_s: float
+    step_timeout_s: float
+
+    @property
+    def shard(self) -> RankShard:
+        """What this rank holds."""
+        return self.mesh[self.rank]
+
+    @property
+    def device(self) -> str:
+        """Where this rank computes."""
+        return self.devices[self.rank]
+
+    @property
+    def head(self) -> int:
+        """The rank that plans and samples."""
+        return head_rank(self.shard.tensor.world_size, self.shard.pipeline.world_size)
+
+
+@dataclass(slots=True)
+class Links:
+    """All connections of one rank. Without others: none.
+
+    Attributes:
+        peers: the tensor ranks of its stage.
+        before, after: two ranks each: the neighbour stage's counterpart and this one.
+        orders: to the followers on the head, from the head on a follower.
+    """
+
+    peers: Peers | None = None
+    before: Group | None = None
+    after: Group | None = None
+    sender: OrderSender | None = None
+    receiver: OrderReceiver | None = None
+    step_timeout_s: float = 0.0
+    groups: list[Group] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Leave all groups; the others notice."""
+        for end in (self.sender, self.receiver, *self.groups):
+            if end is not None:
+                end.close()
+
+
+def meet(meeting: Meeting, listeners: Listeners) -> Links:
+    """Join every group of this rank; returns when all others have come.
+
+    Raises:
+        PeerLost: somebody did not come in time, or ended meanwhile.
+        JoinRefused: the others are of another shape.
+    """
+    links = Links(step_timeout_s=meeting.step_timeout_s)
+    if len(meeting.mesh) == 1:
+        listeners.close()
+        return links
+    with contextlib.ExitStack() as undo:
+        undo.callback(listeners.close)
+        undo.callback(links.close)
+        _join_tensor(meeting, listeners, links)
+        _join_neighbours(meeting, listeners, links)
+        _join_orders(meeting, listeners, links)
+        undo.pop_all()
+    listeners.close()
+    return links
+
+
+def run(stage: Stage, links: Links, rows: Sequence[Row]) -> FloatArray:
+    """This rank's part of one order: receive, compute, hand on.
+
+    Returns:
+        Logits on the last stage, else the residual that was handed on. Raises PeerLost.
+    """
+    incoming = None
+    if links.before is not None:
+        shape = (num_positions(rows), stage.spec.hidden_size)
+        incoming = np.empty(shape, dtype=np.float32)
+        links.before.receive(incoming, source=0, timeout_s=links.step_timeout_s)
+    out = stage.run(rows, incoming, links.peers)
+    if links.after is not None:
+        links.after.send(out, to=1, timeout_s=links.step_timeout_s)
+    return out
+
+
+def _join_tensor(meeting: Meeting, listeners: Listeners, links: Links) -> None:
+    shard = meeting.shard
+    world = shard.tensor.world_size
+    if world == 1:
+        return
+    first = shard.pipeline.device_rank * world
+    ranks = range(first, first + world)
+    backend = _backend(meeting, ranks)
+    if backend == "mlx":
+        listeners.release("ring")
+    group = _join(meeting, "tensor", ranks, listeners, backend=backend)
+    links.groups.append(group)
+    vocab = tuple(meeting.mesh[rank].vocab for rank in ranks)
+    links.peers = Peers(group, vocab, meeting.step_timeout_s)
+
+
+def _join_neighbours(meeting: Meeting, listeners: Listeners, links: Links) -> None:
+    """From the first boundary to the last: every stage waits for the one before it alone."""
+    stage, world = meeting.shard.pipeline.device_rank, meeting.shard.tensor.world_size
+    boundaries = [(stage - 1, meeting.rank - world), (stage, meeting.rank)]
+    for boundary, lower in boundaries:
+        if not 0 <= boundary < meeting.shard.pipeline.world_size - 1:
+            continue
+        pair = range(lower, lower + world + 1, world)
+        group = _join(meeting, "after", pair, listeners, backend=None)
+        links.groups.append(group)
+        if lower == meeting.rank:
+            links.after = group
+        else:
+            links.before = group
+
+
+def _join(
+    meeting: Meeting, use: str, ranks: range, listeners: Listeners, *, backend: Backend | None
+) -> Group:
+    """Join one group; ``backend`` None is for host memory, whatever the device."""
+    ring = tuple(meeting.places[rank].address("ring") for rank in ranks)
+    rendezvous = Rendezvous(
+        instance=f"{meeting.group}/{use}/{ranks[0]}",
+        epoch=meeting.epoch,
+        rank=ranks.index(meeting.rank),
+        hosts=tuple(meeting.hosts[rank] for rank in ranks),
+        address=meeting.places[ranks[0]].address(use),
+        ring=ring if backend == "mlx" else (),
+        timeout_s=meeting.timeout_s,
+    )
+    chosen = backend or choose_backend(rendezvous, "cpu")
+    listens = chosen not in ("shm", "single") and meeting.rank == ranks[0]
+    listener = listeners.take(use) if listens else None
+    return join(rendezvous, device=meeting.device, backend=chosen, listener=listener)
+
+
+def _backend(meeting: Meeting, ranks: range) -> Backend:
+    """What carries a stage's sums: ranks that share a GPU, and rings that are no whole mesh,
+    go through the host's memory."""
+    hosts = tuple(meeting.hosts[rank] for rank in ranks)
+    place = Rendezvous(instance="", epoch=0, rank=0, hosts=hosts, timeout_s=meeting.timeout_s)
+    if meeting.device.startswith("mlx") and len(ranks) < len(meeting.mesh):
+        return choose_backend(place, "cpu")
+    devices = {(hosts[i], meeting.devices[rank]) for i, rank in enumerate(ranks)}
+    if meeting.device.startswith("cuda") and len(devices) < len(hosts):
+        return "gloo"
+    return choose_backend(place, meeting.device)
+
+
+def _join_orders(meeting: Meeting, listeners: Listeners, links: Links) -> None:
+    head = meeting.head
+    if meeting.rank == head:
+        others = frozenset(range(len(meeting.mesh))) - {head}
+        links.sender = OrderSender.accept(
+            listeners.take("orders"),
+            group=meeting.group,
+            ranks=others,
+            timeout_s=meeting.timeout_s,
+            send_timeout_s=meeting.step_timeout_s,
+        )
+    else:
+        links.receiver = OrderReceiver.connect(
+            meeting.places[head].address("orders"),
+            group=meeting.group,
+            rank=meeting.rank,
+            head=head,
+            timeout_s=meeting.timeout_s,
+        )

@@ -1,0 +1,269 @@
+"""What the head of a mesh tells the other ranks: which rows run next.
+
+The head plans and samples; the others follow in lockstep. An order is a frame of a TCP stream of
+its own, so that a rank with nothing to do sleeps, and learns of a closed connection at once::
+
+    length: u32 | kind: u32 (0 tick, 1 rows) | int64 words
+    words of rows: count, then (slot, start, wants logits, ids) of each, then all ids in turn
+
+A tick says that the head lives; it comes when nothing else does.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from compute.errors import JoinRefused, PeerLost
+from compute.stage import Row
+
+TICK_S = 2.0
+SILENT_S = 20.0
+HELLO_S = 5.0
+_MAX_HELLO_BYTES = 1024
+_MAX_FRAME_BYTES = 64 << 20
+_RETRY_S = 0.02
+_HEAD = struct.Struct("!II")
+_TICK, _ROWS = 0, 1
+
+
+def encode_rows(rows: Sequence[Row]) -> bytes:
+    """The frame of an order, its length included."""
+    words = [len(rows)]
+    for row in rows:
+        words += (row.slot, row.start, int(row.want_logits), len(row.ids))
+    for row in rows:
+        words += row.ids
+    body = np.array(words, dtype="<i8").tobytes()
+    return _HEAD.pack(4 + len(body), _ROWS) + body
+
+
+def decode_rows(body: bytes) -> list[Row]:
+    """Rows of an order's body. Raises ValueError where it is none."""
+    if len(body) % 8 or not body:
+        raise ValueError(f"an order of {len(body)} bytes")
+    words = np.frombuffer(body, dtype="<i8").tolist()
+    count, at = words[0], 1
+    facts = [words[at + 4 * i : at + 4 * i + 4] for i in range(count)]
+    at += 4 * count
+    if any(len(fact) < 4 or fact[3] < 0 for fact in facts):
+        raise ValueError(f"an order of {count} rows in {len(words)} words")
+    if at + sum(fact[3] for fact in facts) != len(words):
+        raise ValueError(f"an order of {count} rows does not fill its {len(words)} words")
+    rows = []
+    for slot, start, want, length in facts:
+        rows.append(Row(slot, tuple(words[at : at + length]), start, bool(want)))
+        at += length
+    return rows
+
+
+class OrderSender:
+    """The head's end. Frames go out from the engine's thread, ticks from one of its own.
+
+    Args:
+        sockets: by rank.
+        timeout_s: to hand an order to a rank's socket.
+    """
+
+    def __init__(self, sockets: dict[int, socket.socket], *, timeout_s: float) -> None:
+        self._sockets = sockets
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._sent_s = time.monotonic()
+        for connection in sockets.values():
+            connection.settimeout(timeout_s)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=self._keep_ticking, name="order ticks", daemon=True).start()
+
+    @classmethod
+    def accept(
+        cls,
+        listener: socket.socket,
+        *,
+        group: str,
+        ranks: frozenset[int],
+        timeout_s: float,
+        send_timeout_s: float,
+    ) -> OrderSender:
+        """Wait for all followers; takes the listener over. Raises PeerLost."""
+        deadline_s = time.monotonic() + timeout_s
+        found: dict[int, socket.socket] = {}
+        try:
+            with listener:
+                while found.keys() != ranks:
+                    left_s = deadline_s - time.monotonic()
+                    if left_s <= 0:
+                        missing = min(ranks - found.keys())
+                        raise PeerLost(missing, f"did not come for orders in {timeout_s:g} s")
+                    listener.settimeout(left_s)
+                    try:
+                        connection, _ = listener.accept()
+                    except TimeoutError:
+                        continue
+                    rank = _greeted(connection, group, min(HELLO_S, left_s))
+                    if rank in ranks and rank not in found:
+                        connection.sendall(b"ok\n")
+                        found[rank] = connection
+                    else:  # a stranger, who learns nothing
+                        connection.close()
+        except BaseException:
+            for connection in found.values():
+                connection.close()
+            raise
+        return cls(found, timeout_s=send_timeout_s)
+
+    def send(self, rows: Sequence[Row]) -> None:
+        """Tell every rank to run these rows. Raises PeerLost."""
+        self._send(encode_rows(rows))
+
+    def close(self) -> None:
+        """End the ticks; followers see the end of their stream."""
+        self._closed.set()
+        with self._lock:
+            for connection in self._sockets.values():
+                connection.close()
+            self._sockets = {}
+
+    def _send(self, frame: bytes) -> None:
+        with self._lock:
+            self._sent_s = time.monotonic()
+            for rank, connection in self._sockets.items():
+                try:
+                    connection.sendall(frame)
+                except OSError as exc:
+                    raise PeerLost(rank, f"it takes no orders: {exc}") from exc
+
+    def _keep_ticking(self) -> None:
+        while not self._closed.wait(TICK_S):
+            if time.monotonic() - self._sent_s >= TICK_S:
+                try:
+                    self._send(_HEAD.pack(4, _TICK))
+                except PeerLost:
+                    return  # the next order, or the rank's own supervisor, finds it too
+
+
+class OrderReceiver:
+    """A follower's end."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        head: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._socket, self._head, self._now = connection, head, now
+        self._buffer = bytearray()
+        self._heard_s = now()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @classmethod
+    def connect(
+        cls, address: tuple[str, int], *, group: str, rank: int, head: int, timeout_s: float
+    ) -> OrderReceiver:
+        """Find the head, which may still be loading. Raises PeerLost, JoinRefused."""
+        deadline_s = time.monotonic() + timeout_s
+        hello = json.dumps({"group": group, "rank": rank}).encode() + b"\n"
+        while True:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise PeerLost(head, f"gave no orders at {address} in {timeout_s:g} s")
+            try:
+                connection = socket.create_connection(address, timeout=min(HELLO_S, left_s))
+            except OSError:
+                time.sleep(min(_RETRY_S, left_s))
+                continue
+            try:
+                connection.settimeout(left_s)
+                connection.sendall(hello)
+                answer = _line(connection)
+            except OSError:
+                answer = b""
+            if answer == b"ok":
+                return cls(connection, head=head)
+            connection.close()
+            raise JoinRefused(f"rank {head} at {address} does not take rank {rank} as follower")
+
+    def receive(self, *, timeout_s: float) -> list[Row] | None:
+        """The next order, or None when none came in time. Raises PeerLost."""
+        deadline_s = self._now() + timeout_s
+        while True:
+            frame = self._frame()
+            if frame is not None:
+                kind, body = frame
+                if kind == _ROWS:
+                    try:
+                        return decode_rows(body)
+                    except ValueError as exc:
+                        raise PeerLost(self._head, f"it sent {exc}") from exc
+                continue
+            left_s = deadline_s - self._now()
+            ready, _, _ = select.select([self._socket], [], [], max(0.0, left_s))
+            if ready:
+                self._read()
+            elif self._now() - self._heard_s > SILENT_S:
+                raise PeerLost(self._head, f"neither order nor tick for {SILENT_S:g} s")
+            else:
+                return None
+
+    def close(self) -> None:
+        """Leave."""
+        self._socket.close()
+
+    def _read(self) -> None:
+        try:
+            more = self._socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            raise PeerLost(self._head, f"its orders broke off: {exc}") from exc
+        if not more:
+            raise PeerLost(self._head, "it closed the stream of orders")
+        self._buffer += more
+        self._heard_s = self._now()
+
+    def _frame(self) -> tuple[int, bytes] | None:
+        if len(self._buffer) < _HEAD.size:
+            return None
+        length, kind = _HEAD.unpack_from(self._buffer)
+        if not 4 <= length <= _MAX_FRAME_BYTES:
+            raise PeerLost(self._head, f"it sent a frame of {length} bytes")
+        if len(self._buffer) < 4 + length:
+            return None
+        body = bytes(self._buffer[_HEAD.size : 4 + length])
+        del self._buffer[: 4 + length]
+        return kind, body
+
+
+def _greeted(connection: socket.socket, group: str, timeout_s: float) -> int:
+    """Rank of who called, -1 for anyone who does not know the group."""
+    try:
+        connection.settimeout(timeout_s)
+        hello: Any = json.loads(_line(connection))
+        theirs, rank = hello["group"], hello["rank"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+    if not isinstance(theirs, str) or not isinstance(rank, int):
+        return -1
+    return rank if hmac.compare_digest(theirs.encode(), group.encode()) else -1
+
+
+def _line(connection: socket.socket) -> bytes:
+    """One short line. Raises OSError, also for one that is none."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte or len(line) >= _MAX_HELLO_BYTES:
+            raise OSError("no greeting")
+        line += byte
+    return line[:-1]
