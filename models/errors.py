@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -67,6 +68,33 @@ class NoSuchModel(ModelError):
             f"no model at {self.path}: {self.why}. "
             "Give a GGUF file, or a folder with config.json and *.safetensors."
         )
+
+
+class NoRoom(ModelError):
+    """A rank would take more memory than it may; nothing has been read.
+
+    Attributes:
+        needed_bytes, limit_bytes: all it would take, and may take.
+        parts: bytes of what needs them, by its name.
+    """
+
+    kind = "no_room"
+
+    def __init__(self, needed_bytes: int, limit_bytes: int, parts: Mapping[str, int]) -> None:
+        super().__init__(needed_bytes, limit_bytes, parts)
+        self.needed_bytes, self.limit_bytes, self.parts = needed_bytes, limit_bytes, parts
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items())
+        return (
+            f"no room: this rank needs {_mib(self.needed_bytes)} ({parts}) and may take "
+            f"{_mib(self.limit_bytes)}. Load over more ranks, with less context or fewer slots, "
+            "or pick a smaller quantization."
+        )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"
 
 
 class TemplateError(ModelError):
