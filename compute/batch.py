@@ -67,12 +67,16 @@ def submit(state: State, key: Hashable, length: int) -> State:
     return replace(state, waiting=(*state.waiting, Sequence(key, length)))
 
 
-def plan(state: State, *, step_tokens: int) -> tuple[tuple[Work, ...], State]:
+def plan(state: State, *, step_tokens: int, depth: int = 1) -> tuple[tuple[Work, ...], State]:
     """Admit whom slots allow, and choose the next step's work.
 
     Every decoding sequence runs its one token. What is left of ``step_tokens``, but at least one
     token, goes to prefills in order of arrival: so a long prompt never stalls running streams for
     longer than a step, and a full batch never starves a prompt.
+
+    A sequence whose newest token is not known yet, since its step is still under way, has no
+    work. Where ``depth`` steps may be under way, each takes its fair part of the decoding
+    sequences alone, so that there is work for all of them.
 
     Returns:
         ``(work, next_state)``; the next state counts the work as done.
@@ -85,12 +89,17 @@ def plan(state: State, *, step_tokens: int) -> tuple[tuple[Work, ...], State]:
         )
     )
     everybody = (*state.running, *admitted)
-    budget = max(1, step_tokens - sum(_decodes(s) for s in everybody))
+    most_decodes = -(-sum(_has_begun(s) for s in everybody) // depth)
+    num_decodes = min(most_decodes, sum(_decodes(s) for s in everybody))
+    budget = max(1, step_tokens - num_decodes)
     work: list[Work] = []
     running: list[Sequence] = []
     for s in everybody:
         count = s.length - s.cached
-        if not _decodes(s):
+        if _decodes(s):
+            count = min(count, num_decodes)
+            num_decodes -= count
+        else:
             count = min(count, budget)
             budget -= count
         stop = s.cached + count
@@ -134,3 +143,8 @@ def is_idle(state: State) -> bool:
 
 def _decodes(s: Sequence) -> bool:
     return s.cached > 0 and s.length - s.cached == 1
+
+
+def _has_begun(s: Sequence) -> bool:
+    """Whether it decodes, or waits for its newest token."""
+    return s.cached > 0 and s.length - s.cached <= 1

@@ -1,47 +1,40 @@
-"""What an engine must do, and which engine serves a device.
+"""What the worker drives: steps of rows into logits, of one rank or of a whole mesh.
 
-An engine owns the weights of one shard and the key/value memory of its slots. It turns token ids
-into logits and knows nothing of requests, sampling or text.
+An engine knows nothing of requests, sampling or text. In a pipeline it takes several steps at
+once, so that every stage has one to work on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
+
+from compute.links import Links, run
+from compute.stage import (
+    FloatArray,
+    Progress,
+    Row,
+    Stage,
+    best_device,
+    check_rows,
+    load_stage,
+    parts,
+)
+
+__all__ = ["Engine", "Row", "StageEngine", "check_rows", "load_engine", "warm_up"]
 
 COMPILE_S = 900.0  # for another process to compile the kernels that this one waits for
 
 if TYPE_CHECKING:
     from models.spec import ModelSpec
 
-FloatArray = npt.NDArray[np.float32]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """New tokens of one sequence to run in one step.
-
-    Attributes:
-        slot: which key/value slot the sequence lives in, ``0 <= slot < num_slots``.
-        ids: the tokens to run, at least one; positions before ``start`` are in the slot already.
-        start: position of ``ids[0]``.
-        want_logits: whether the logits after the last of ``ids`` are returned.
-    """
-
-    slot: int
-    ids: tuple[int, ...]
-    start: int
-    want_logits: bool = True
-
 
 class Engine(Protocol):
-    """One loaded shard. Calls come from one thread."""
+    """A loaded model. Calls come from one thread."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,27 +52,34 @@ class Engine(Protocol):
         ...
 
     @property
-    def device(self) -> str:
-        """``"cpu:0"`` or ``"cuda:N"``."""
+    def depth(self) -> int:
+        """Steps that may be under way at once: the stages of its pipeline."""
         ...
 
-    @property
-    def memory_bytes(self) -> int:
-        """Weights, key/value memory and workspace together."""
-        ...
+    def start(self, rows: Sequence[Row]) -> None:
+        """Begin a step; it remembers the keys and values of every new position.
 
-    def forward(self, rows: Sequence[Row]) -> FloatArray:
-        """Run one step and remember the keys and values of every new position.
+        Steps run in the order in which they began, so a row may follow upon one of a step that is
+        still under way.
 
         Args:
             rows: at most one per slot.
 
+        Raises:
+            ValueError: a row without ids, a slot or position or id out of range, a slot twice.
+            PeerLost: a rank is gone; so is this engine.
+        """
+        ...
+
+    def finish(self) -> FloatArray:
+        """Wait for the oldest step under way.
+
         Returns:
-            float32 ``(number of rows with want_logits, vocab)``, in the order of ``rows``; the
+            float32 ``(number of rows with want_logits, vocab)``, in the order of its rows; the
             caller may keep or change it.
 
         Raises:
-            ValueError: a row without ids, a slot or position or id out of range, a slot twice.
+            PeerLost: a rank is gone; so is this engine.
         """
         ...
 
@@ -88,33 +88,57 @@ class Engine(Protocol):
         ...
 
 
-def check_rows(
-    rows: Sequence[Row], *, num_slots: int, context_tokens: int, vocab_size: int
-) -> None:
-    """Refuse rows that an engine must not run.
+class StageEngine:
+    """An :class:`Engine` on the head of a mesh: its own stage, and orders to all other ranks."""
 
-    Raises:
-        ValueError: names the row's slot and the limit it breaks.
-    """
-    seen: set[int] = set()
-    for row in rows:
-        if not 0 <= row.slot < num_slots:
-            raise ValueError(f"slot {row.slot} is outside 0..{num_slots - 1}")
-        if row.slot in seen:
-            raise ValueError(f"slot {row.slot} appears twice in one step")
-        seen.add(row.slot)
-        if not row.ids:
-            raise ValueError(f"slot {row.slot}: a row needs at least one token id")
-        if row.start < 0 or row.start + len(row.ids) > context_tokens:
-            raise ValueError(
-                f"slot {row.slot}: positions {row.start}..{row.start + len(row.ids) - 1} "
-                f"are outside the context of {context_tokens} tokens"
-            )
-        if min(row.ids) < 0 or max(row.ids) >= vocab_size:
-            raise ValueError(
-                f"slot {row.slot}: token ids must be 0..{vocab_size - 1}, "
-                f"found {min(row.ids)}..{max(row.ids)}"
-            )
+    def __init__(self, stage: Stage, links: Links | None = None) -> None:
+        self._stage, self._links = stage, links or Links()
+        self._under_way: deque[list[list[Row]]] = deque()
+        self.spec = stage.spec
+        self.context_tokens, self.num_slots = stage.context_tokens, stage.num_slots
+        self.depth = stage.shard.pipeline.world_size
+
+    @property
+    def device(self) -> str:
+        """Where the head's stage is."""
+        return self._stage.device
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the head's stage: weights, key/value memory when full, workspace."""
+        stage = self._stage
+        return stage.weights_bytes + stage.kv_bytes + stage.workspace_bytes
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """See :meth:`Engine.start`."""
+        check_rows(
+            rows,
+            num_slots=self.num_slots,
+            context_tokens=self.context_tokens,
+            vocab_size=self.spec.vocab_size,
+        )
+        cut = parts(rows)
+        self._under_way.append(cut)
+        if self._links.sender is not None:
+            for part in cut:
+                self._links.sender.send(part)
+
+    def finish(self) -> FloatArray:
+        """See :meth:`Engine.finish`."""
+        logits = [run(self._stage, self._links, part) for part in self._under_way.popleft()]
+        if len(logits) == 1:
+            return logits[0]
+        return np.concatenate(logits or [np.empty((0, self.spec.vocab_size), dtype=np.float32)])
+
+    def forward(self, rows: Sequence[Row]) -> FloatArray:
+        """One step from beginning to end; none may be under way."""
+        self.start(rows)
+        return self.finish()
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`. The other ranks see the end of their orders."""
+        self._links.close()
+        self._stage.close()
 
 
 def load_engine(
@@ -125,15 +149,15 @@ def load_engine(
     threads: int,
     device: str | None = None,
     on_progress: Progress = lambda done, total: None,
-) -> Engine:
-    """Load a model file or folder for one device.
+) -> StageEngine:
+    """Load a whole model on one device.
 
     Args:
         path: a GGUF file, or a folder with ``config.json`` and safetensors.
         context_tokens: positions of each slot; at most the model's own context.
         num_slots: sequences held at once.
         threads: CPU threads of the engine; not used on CUDA.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None takes CUDA where there is a device.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mlx"``; None takes the best there is.
         on_progress: told ``(done, total)`` bytes of weights while loading.
 
     Raises:
@@ -144,48 +168,49 @@ def load_engine(
         ValueError: a limit is not positive, the context is beyond the model's, or the device is
             unknown.
     """
+    from models.checkpoint import open_checkpoint
+    from models.mesh import whole
+
+    checkpoint = open_checkpoint(path)
+    check_limits(checkpoint.spec, context_tokens, num_slots, threads)
+    stage = load_stage(
+        checkpoint,
+        whole(checkpoint.spec),
+        context_tokens=context_tokens,
+        num_slots=num_slots,
+        threads=threads,
+        device=device or best_device(),
+        on_progress=on_progress,
+    )
+    engine = StageEngine(stage)
+    engine.forward([Row(slot=0, ids=(0,), start=0)])  # compiles, if nobody has yet
+    return engine
+
+
+def check_limits(spec: ModelSpec, context_tokens: int, num_slots: int, threads: int) -> None:
+    """Raise ValueError for sizes that no engine can have, with the numbers."""
     if context_tokens < 1 or num_slots < 1 or threads < 1:
         raise ValueError(
             f"context_tokens={context_tokens}, num_slots={num_slots} and threads={threads} "
             "must all be at least 1"
         )
-    from models.checkpoint import open_checkpoint
-
-    device = device or _best_device()
-    checkpoint = open_checkpoint(path)
-    limit = checkpoint.spec.context_length
-    if context_tokens > limit:
-        raise ValueError(f"context_tokens={context_tokens} is beyond the model's {limit}")
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and index in ("", "0"):
-        from compute.cpu.engine import CpuEngine
-
-        return CpuEngine.load(
-            checkpoint,
-            context_tokens=context_tokens,
-            num_slots=num_slots,
-            threads=threads,
-            on_progress=on_progress,
+    if context_tokens > spec.context_length:
+        raise ValueError(
+            f"context_tokens={context_tokens} is beyond the model's {spec.context_length}"
         )
-    if kind == "cuda" and (not index or index.isdecimal()):
-        from compute.torch.engine import TorchEngine
-
-        return TorchEngine.load(
-            checkpoint,
-            context_tokens=context_tokens,
-            num_slots=num_slots,
-            device=f"cuda:{index or 0}",
-            on_progress=on_progress,
-        )
-    raise ValueError(f"unknown device {device!r}: give cpu, cuda or cuda:N")
 
 
 def warm_up() -> None:
-    """Import, and on a CPU compile, what ``load_engine`` will need, so that it is short later.
+    """Import, and on a CPU compile, what loading will need, so that it is short later.
 
     Of several processes that start together one compiles, the others wait and take its code.
     """
-    if _best_device() != "cpu":
+    device = best_device()
+    if device == "mlx":
+        import compute.mlx.stage
+
+        return
+    if device != "cpu":
         import compute.torch.engine  # noqa: F401
 
         return
@@ -197,21 +222,3 @@ def warm_up() -> None:
     folder = Path(numba.config.CACHE_DIR)  # type: ignore[attr-defined]  # set at run time
     with filelock.FileLock(folder / "compiling.lock", timeout=COMPILE_S):
         compile_kernels()
-
-
-def _best_device() -> str:
-    """CUDA when a driver and a device are there, else the CPU.
-
-    The driver library is looked for first, because importing torch costs seconds.
-    """
-    import ctypes
-
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        import torch
-
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    return "cpu"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from compute.follower import Follower
 from compute.worker import Done, Submit, Token, Worker
 
 R = TypeVar("R")
@@ -34,6 +35,7 @@ class EngineThread:
         self._on_crash = on_crash
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._worker: Worker | None = None
+        self._follower: Follower | None = None
         self.steps = 0  # progress counter, read by the beat
         self.busy = False  # True while a command or a step runs
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -58,6 +60,10 @@ class EngineThread:
         """Give the thread a loaded worker (call on the engine thread, through ``run``)."""
         self._worker = worker
 
+    def set_follower(self, follower: Follower) -> None:
+        """Let the thread follow a head from now on (call on the engine thread)."""
+        self._follower = follower
+
     def submit(self, request: Submit) -> None:
         self._commands.put(lambda: self._submit(request))
 
@@ -77,6 +83,9 @@ class EngineThread:
         try:
             while True:
                 self._drain()
+                if self._follower is not None:
+                    self._follower.step()
+                    self.steps += 1
                 if self._worker is not None and not self._worker.idle:
                     self.busy = True
                     events = self._worker.step()
@@ -88,7 +97,7 @@ class EngineThread:
 
     def _drain(self) -> None:
         """Run waiting commands; block for one when there is nothing to step."""
-        idle = self._worker is None or self._worker.idle
+        idle = self._is_idle()
         while True:
             if idle:
                 self.busy = False
@@ -99,4 +108,8 @@ class EngineThread:
             self.busy = True
             command()
             self.steps += 1
-            idle = self._worker is None or self._worker.idle
+            idle = self._is_idle()
+
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to step; a follower always waits for its head."""
+        return self._follower is None and (self._worker is None or self._worker.idle)

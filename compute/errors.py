@@ -9,6 +9,12 @@ class ComputeError(Exception):
     kind = "compute_error"
 
 
+class BadRequest(ValueError):
+    """A key of a term is missing, unknown or of the wrong type; the text names it."""
+
+    kind = "bad_order"
+
+
 class BadLogits(ComputeError):
     """The model gave logits no token can be drawn from; ends one request, not the rank."""
 

@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from compute.collectives import Backend, Group, Rendezvous, choose_backend, join
 from compute.orders import OrderReceiver, OrderSender
+from compute.places import Listeners, Place
 from compute.stage import FloatArray, Peers, Row, Stage, num_positions
 from models.mesh import head_rank
 from models.sharding import RankShard
-
-PORTS = ("orders", "tensor", "after", "ring")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank can be met: a host that all others reach, and TCP ports it has reserved.
-
-    Attributes:
-        ports: by use: ``orders`` (the head's), ``tensor`` (first rank of a stage), ``after``
-            (link to the next stage), ``ring`` (mlx).
-    """
-
-    host: str
-    ports: Mapping[str, int]
-
-    def address(self, use: str) -> tuple[str, int]:
-        """Host and port."""
-        return self.host, self.ports[use]
-
-
-class Listeners:
-    """Sockets that hold a rank's reserved ports until they are used."""
-
-    def __init__(self, host: str) -> None:
-        """Raises OSError where this machine does not have such an address."""
-        self._sockets: dict[str, socket.socket] = {}
-        try:
-            for use in PORTS:
-                self._sockets[use] = socket.create_server((host, 0))
-        except OSError:
-            self.close()
-            raise
-        numbers = {use: int(s.getsockname()[1]) for use, s in self._sockets.items()}
-        self.place = Place(host, numbers)
-
-    def take(self, use: str) -> socket.socket:
-        """The socket, which belongs to the caller from now on."""
-        return self._sockets.pop(use)
-
-    def release(self, use: str) -> None:
-        """Free a port for a library that wants to listen itself."""
-        self._sockets.pop(use).close()
-
-    def close(self) -> None:
-        """Free what nobody took."""
-        while self._sockets:
-            self._sockets.popitem()[1].close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

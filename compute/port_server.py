@@ -3,6 +3,7 @@
 Messages (all terms; ids are integers, text is UTF-8 binaries):
 
 ======================================================  =====================================
+call ``{prepare, Host}``                                ``{ok, #{holds => Group, place => Place}}``
 call ``{load, #{...}}``                                 ``{ok, Facts}`` or ``{error, Kind, Text}``
 call ``facts``                                          the map of ``Facts``
 cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done``
@@ -16,7 +17,9 @@ sends ``{beat, Port, Steps, Busy, Bytes}``              to the owner
 sends ``{load_progress, Port, Done, Total}``            to the owner
 ======================================================  =====================================
 
-A requester is monitored: when it dies, its requests are cancelled.
+``prepare`` reserves TCP ports on an address of this machine where the other ranks can meet this
+one, and says which group of ranks it is loaded in already (empty text: none). Requests go to the
+head of a mesh alone. A requester is monitored: when it dies, its requests are cancelled.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,10 +38,16 @@ from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from compute.engine_thread import EngineThread, Event
-from compute.requests import BadRequest, LoadOrder, to_submit
+from compute.errors import BadRequest
+from compute.follower import Follower
+from compute.places import Listeners, place_term
+from compute.requests import LoadOrder, to_submit
 from compute.worker import Token, Worker
 
 log = logging.getLogger("compute.port")
+
+CHUNK_TOKENS = 256  # of a step that prefills
+PIPELINE_CHUNK_TOKENS = 64  # shorter, so that all stages soon have one
 
 
 @dataclass(slots=True)
@@ -64,6 +72,8 @@ class PortServer(GenServer):
         self._process = psutil.Process()
         self._thread = EngineThread(emit=self._from_thread(self._deliver), on_crash=self._crashed)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._listeners: Listeners | None = None
+        self._follows = False
 
     async def init(self, me: Process) -> None:
         self._loop = asyncio.get_running_loop()
@@ -76,8 +86,10 @@ class PortServer(GenServer):
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
+            case ("prepare", str() | bytes() as host):
+                return self._prepare(text_of(host))
             case ("load", dict(options)):
-                return await self._load(options, from_)
+                return self._load(options, from_)
             case "facts":
                 return dict(self.facts)
             case _:
@@ -121,52 +133,52 @@ class PortServer(GenServer):
 
     # -- loading ---------------------------------------------------------------------------
 
-    async def _load(self, options: dict[Any, Term], from_: Term) -> Term:
+    def _prepare(self, host: str) -> Term:
+        holds = self.order.group if self.order is not None and self.facts else ""
+        if self._listeners is not None:
+            self._listeners.close()
+        try:
+            self._listeners = Listeners(host)
+        except OSError as exc:
+            self._listeners = None
+            text = f"cannot listen on {host}, where the other ranks should meet this one: {exc}"
+            return (Atom("error"), Atom("bad_host"), text)
+        place = place_term(self._listeners.place)
+        return (Atom("ok"), {Atom("holds"): holds, Atom("place"): place})
+
+    def _load(self, options: dict[Any, Term], from_: Term) -> Term:
         try:
             order = LoadOrder.from_term(options)
         except BadRequest as exc:
             return (Atom("error"), Atom("bad_order"), str(exc))
-        if (
-            self.order is not None
-            and self.facts
-            and self.order.fingerprint() == order.fingerprint()
-        ):
+        if self.order is not None and self.facts and self.order.group == order.group:
             self.order = order  # adopted by a restarted control process: the weights stay
             return (Atom("ok"), dict(self.facts))
         if self.order is not None:
             return (Atom("error"), Atom("busy"), f"this port already holds {self.order.instance}")
         self.order = order
-        future = self._thread.run(lambda: self._load_worker(order))
+        listeners, self._listeners = self._listeners, None
+        future = self._thread.run(lambda: self._load_worker(order, listeners))
         asyncio.wrap_future(future).add_done_callback(lambda done: self._loaded(done, from_))
         return NOREPLY
 
-    def _load_worker(self, order: LoadOrder) -> dict[Any, Term]:
+    def _load_worker(self, order: LoadOrder, listeners: Listeners | None) -> dict[Any, Term]:
         """Runs on the engine thread."""
-        from compute.engine import load_engine  # torch: seconds to import, so not at start
+        from compute.loading import facts, load  # the engines' libraries: not at start
 
-        engine = load_engine(
-            Path(order.path),
-            context_tokens=order.context_tokens,
-            num_slots=order.num_slots,
-            threads=order.threads,
-            device=order.device or None,
-            on_progress=self._from_thread(self._progress),
-        )
-        worker = Worker(
-            engine,
-            prefill_chunk_tokens=order.prefill_chunk_tokens,
-            on_admitted=self._from_thread(self._admitted),
-        )
-        self._thread.set_worker(worker)
-        spec = engine.spec
-        return {
-            Atom("device"): engine.device,
-            Atom("kernels"): Atom("compiled" if engine.device.startswith("cpu") else "torch"),
-            Atom("memory_bytes"): engine.memory_bytes,
-            Atom("context_tokens"): engine.context_tokens,
-            Atom("layers"): [0, spec.num_layers],
-            Atom("kv_heads"): [0, spec.num_kv_heads],
-        }
+        loaded = load(order, listeners, self._from_thread(self._progress))
+        if loaded.engine is None:
+            self._thread.set_follower(Follower(loaded.stage, loaded.links))
+            self._follows = True
+        else:
+            worker = Worker(
+                loaded.engine,
+                prefill_chunk_tokens=order.prefill_chunk_tokens
+                or (CHUNK_TOKENS if order.pipeline == 1 else PIPELINE_CHUNK_TOKENS),
+                on_admitted=self._from_thread(self._admitted),
+            )
+            self._thread.set_worker(worker)
+        return facts(loaded.stage)
 
     def _loaded(self, done: asyncio.Future[dict[Any, Term]], from_: Term) -> None:
         error = done.exception()
@@ -185,6 +197,10 @@ class PortServer(GenServer):
     # -- requests --------------------------------------------------------------------------
 
     def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
+        if self._follows:
+            text = "this rank follows the head of its mesh: requests go there"
+            self.me.send(requester, (Atom("done"), ref, Atom("error"), text))
+            return
         try:
             request = to_submit(ref, options)
         except ValueError as exc:  # BadRequest, and what the sampler refuses

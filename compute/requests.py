@@ -6,7 +6,6 @@ missing key takes its default and an unknown key is refused by name.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -14,12 +13,9 @@ from typing import Any, Self
 from bridge.show import show
 from bridge.term import Ref, Term
 from bridge.text import text_of
+from compute.errors import BadRequest
 from compute.sampler import SamplingParams
 from compute.worker import Submit
-
-
-class BadRequest(ValueError):
-    """A key is missing, unknown or of the wrong type; the text names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,32 +24,77 @@ class LoadOrder:
 
     Attributes:
         instance: id of the instance, epoch its generation.
+        group: secret id of this generation of ranks.
+        tensor, pipeline: ranks in each direction of the mesh.
+        shares: of every rank, in rank order; empty for equal ones.
+        experts: ``inside`` cuts every routed expert, ``across`` deals them out whole.
+        hosts: machine of every rank; empty where all are on one.
+        places: of every rank, as ``prepare`` gave them.
+        devices: of every rank; empty where all have ``device``.
         path: GGUF file or safetensors folder on this machine.
         context_tokens: 0 takes the model's own.
-        threads: CPU threads of this rank; 0 lets the engine choose.
-        device: ``cpu``, ``cuda:0``; empty lets the engine choose.
+        threads: CPU threads of this rank; 0 takes all cores.
+        device: ``cpu``, ``cuda:0``, ``mlx``; empty lets the engine choose.
+        limit_bytes: memory that the rank may take; 0 sets no limit.
+        prefill_chunk_tokens: most tokens of a step that prefills; 0 chooses by the pipeline.
+        join_timeout_s: for the other ranks to load; step_timeout_s: for a silent one to be lost.
     """
 
     instance: str
     epoch: int
     rank: int
-    world_size: int
     path: str
+    group: str = ""
+    tensor: int = 1
+    pipeline: int = 1
+    shares: tuple[float, ...] | list[float] = ()
+    experts: str = "inside"
+    hosts: tuple[str, ...] | list[str] = ()
+    places: tuple[Term, ...] | list[Term] = ()
+    devices: tuple[str, ...] | list[str] = ()
     context_tokens: int = 0
     num_slots: int = 4
     threads: int = 0
     device: str = ""
-    prefill_chunk_tokens: int = 256
+    limit_bytes: int = 0
+    prefill_chunk_tokens: int = 0
+    join_timeout_s: float = 1800.0
+    step_timeout_s: float = 120.0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the mesh."""
+        return self.tensor * self.pipeline
 
     @classmethod
     def from_term(cls, options: Mapping[Any, Term]) -> Self:
         """Raises BadRequest."""
-        return cls(**_checked(cls, options))
+        order = cls(**_checked(cls, options))
+        world = order.world_size
+        if min(order.tensor, order.pipeline) < 1 or not 0 <= order.rank < world:
+            raise BadRequest(
+                f"rank {order.rank} of a mesh of {order.pipeline} x {order.tensor} ranks"
+            )
+        for name in ("shares", "hosts", "places", "devices"):
+            given = getattr(order, name)
+            if given and len(given) != world:
+                raise BadRequest(f"{name}: expected {world}, one a rank, got {len(given)}")
+        if world > 1 and not (order.group and order.places):
+            raise BadRequest(f"{world} ranks need a group and places to meet at")
+        if order.experts not in ("inside", "across"):
+            raise BadRequest(f"experts: expected inside or across, got {order.experts!r}")
+        return order
 
-    def fingerprint(self) -> str:
-        """Equal for two orders that need the same bytes in memory (the epoch does not matter)."""
-        key = "|".join(str(getattr(self, f.name)) for f in fields(self) if f.name != "epoch")
-        return hashlib.sha256(key.encode()).hexdigest()[:32]
+    def grid(self) -> tuple[tuple[float, ...], ...]:
+        """Shares as ``[stage][tensor rank]``. Raises BadRequest for what is no number."""
+        flat = self.shares or (1.0,) * self.world_size
+        if not all(isinstance(s, int | float) and not isinstance(s, bool) for s in flat):
+            raise BadRequest(f"shares: expected numbers, got {show(list(flat), 80)}")
+        floats = [float(share) for share in flat]
+        return tuple(
+            tuple(floats[stage * self.tensor : (stage + 1) * self.tensor])
+            for stage in range(self.pipeline)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

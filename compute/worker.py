@@ -5,6 +5,7 @@ No I/O, no clock, no thread: the port calls :meth:`Worker.step` while it is not 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -112,11 +113,12 @@ class Worker:
         self._requests: dict[Hashable, _Request] = {}
         self._batch = batch.empty(engine.num_slots)
         self._events: list[Event] = []  # answers that need no step
+        self._under_way: deque[list[_Request]] = deque()  # whose logits each step will give
 
     @property
     def idle(self) -> bool:
         """Whether :meth:`step` has nothing to do or say."""
-        return not self._events and batch.is_idle(self._batch)
+        return not self._events and not self._under_way and batch.is_idle(self._batch)
 
     @property
     def num_running(self) -> int:
@@ -151,23 +153,39 @@ class Worker:
         self._events = [e for e in self._events if e.request_id != request_id]
 
     def step(self) -> list[Event]:
-        """Run one batch; what came out, in order of arrival of the requests."""
+        """Finish one batch, with as many begun as the engine takes; what came out, in order of
+        arrival of the requests."""
         events, self._events = self._events, []
-        work, self._batch = batch.plan(self._batch, step_tokens=self._step_tokens)
-        if not work:
+        while len(self._under_way) < self._engine.depth and self._begin():
+            pass
+        if not self._under_way:
             return events
+        complete = self._under_way.popleft()
+        logits = self._engine.finish()
+        for mine, row in zip(complete, logits, strict=True):
+            key = mine.submit.request_id
+            if self._requests.get(key) is mine:  # not cancelled meanwhile
+                events.extend(self._sampled(key, row))
+        return events
+
+    def _begin(self) -> bool:
+        """Start the next batch; False where nobody has work."""
+        work, self._batch = batch.plan(
+            self._batch, step_tokens=self._step_tokens, depth=self._engine.depth
+        )
+        if not work:
+            return False
         new = [w.key for w in work if w.start == 0]
         if new:
             self._on_admitted(new)
-        rows = [
-            Row(w.slot, self._requests[w.key].ids(w.start, w.stop), w.start, w.complete)
-            for w in work
-        ]
-        logits = self._engine.forward(rows)
-        complete = [w.key for w in work if w.complete]
-        for key, row in zip(complete, logits, strict=True):
-            events.extend(self._sampled(key, row))
-        return events
+        self._engine.start(
+            [
+                Row(w.slot, self._requests[w.key].ids(w.start, w.stop), w.start, w.complete)
+                for w in work
+            ]
+        )
+        self._under_way.append([self._requests[w.key] for w in work if w.complete])
+        return True
 
     def _sampled(
         self, key: Hashable, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -38,15 +39,21 @@ class SumEngine:
     """Favours the token ``sum of all ids so far, modulo 40``; remembers what each slot holds."""
 
     spec = SPEC
-    device = "cpu:0"
-    memory_bytes = 0
 
-    def __init__(self, *, context_tokens: int = 32, num_slots: int = 2) -> None:
-        self.context_tokens, self.num_slots = context_tokens, num_slots
+    def __init__(self, *, context_tokens: int = 32, num_slots: int = 2, depth: int = 1) -> None:
+        self.context_tokens, self.num_slots, self.depth = context_tokens, num_slots, depth
+        self.under_way: deque[Sequence[Row]] = deque()
+        self.most_under_way = 0
         self.held: dict[int, list[int]] = {slot: [] for slot in range(num_slots)}
         self.largest_step = 0
 
-    def forward(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+    def start(self, rows: Sequence[Row]) -> None:
+        self.under_way.append(rows)
+        self.most_under_way = max(self.most_under_way, len(self.under_way))
+        assert len(self.under_way) <= self.depth
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        rows = self.under_way.popleft()
         check_rows(
             rows,
             num_slots=self.num_slots,
@@ -112,6 +119,45 @@ def test_more_requests_than_slots_all_get_their_own_answers() -> None:
         assert tokens(out[key]) == expected(prompt, 5)
         assert out[key][-1] == Done(key, "length")
     assert engine.largest_step <= 4 + 1
+
+
+def test_all_stages_of_a_pipeline_have_a_step_under_way() -> None:
+    engine = SumEngine(num_slots=4, depth=2)
+    worker = Worker(engine, prefill_chunk_tokens=4)
+    prompts = {key: [key, key + 1] for key in range(4)}
+    for key, prompt in prompts.items():
+        worker.submit(order(key, prompt, max_tokens=9))
+    out: dict[Hashable, list[Event]] = {}
+    together: list[int] = []
+    while not worker.idle:
+        for event in (events := worker.step()):
+            out.setdefault(event.request_id, []).append(event)
+        together.append(sum(isinstance(event, Token) for event in events))
+    for key, prompt in prompts.items():
+        assert tokens(out[key]) == expected(prompt, 9)
+    assert engine.most_under_way == 2
+    assert set(together[2:-4]) == {2}  # half of the four streams in each step
+
+
+def test_a_long_prompt_fills_the_pipeline_with_its_own_chunks() -> None:
+    engine = SumEngine(num_slots=1, depth=3)
+    worker = Worker(engine, prefill_chunk_tokens=4)
+    worker.submit(order("long", range(20)))
+    worker.step()
+    assert engine.most_under_way == 3
+    assert tokens(run(worker)["long"]) == expected(range(20), 5)
+
+
+def test_who_is_cancelled_under_way_does_not_speak_again() -> None:
+    engine = SumEngine(num_slots=1, depth=2)
+    worker = Worker(engine, prefill_chunk_tokens=2)
+    worker.submit(order("x", (1, 2, 3, 4)))
+    assert worker.step() == []
+    assert engine.under_way
+    worker.cancel("x")
+    worker.submit(order("x", (7, 8)))  # the same id and the same slot
+    assert not worker.idle
+    assert tokens(run(worker)["x"]) == expected((7, 8), 5)
 
 
 def test_a_resumed_request_goes_on_where_it_was() -> None:
@@ -245,7 +291,7 @@ def test_cancel_takes_back_waiting_running_and_refused_requests() -> None:
 @given(data=st.data())
 def test_answers_are_right_whatever_comes_and_goes(data: st.DataObject) -> None:
     worker = Worker(
-        SumEngine(num_slots=data.draw(st.integers(1, 3))),
+        SumEngine(num_slots=data.draw(st.integers(1, 3)), depth=data.draw(st.integers(1, 4))),
         prefill_chunk_tokens=data.draw(st.integers(1, 9)),
     )
     number = st.integers(0, 39)
