@@ -22,7 +22,7 @@ from models.spec_gguf import architecture_of, from_gguf
 from models.spec_hf import from_hf_config, rotary_pairs
 from models.stored_hf import canonical_weights
 from models.tokenizer import Tokenizer
-from models.weights import Weight
+from models.weights import Weight, release_file
 from models.weights_gguf import join
 
 __all__ = ["Checkpoint", "Weight", "open_checkpoint"]
@@ -57,6 +57,10 @@ class Checkpoint(Protocol):
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, built once. Raises CorruptModel, UnsupportedModel."""
+        ...
+
+    def release(self) -> None:
+        """Tell the system that this process is done reading, see ``Weight.release``."""
         ...
 
 
@@ -214,6 +218,11 @@ class GgufCheckpoint(_Weights):
     def _headers(self) -> list[bytes]:
         return [file.header().tobytes() for file in self.files]
 
+    def release(self) -> None:
+        """Let go of the resident pages of all files; they can still be read."""
+        for file in self.files:
+            release_file(file.header())
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return tokenizer_gguf.load(self.file)
@@ -231,8 +240,9 @@ class SafetensorsCheckpoint(_Weights):
         config = parse_json(path / "config.json", (path / "config.json").read_bytes())
         self.spec = from_hf_config(config, path / "config.json")
         stored = open_sharded(path)
-        self._files = sorted({tensor.path for tensor in stored.values()})
-        self.size_bytes = sum(file.stat().st_size for file in self._files)
+        one_of = {tensor.path: tensor for tensor in stored.values()}
+        self._one_of_each_file = [one_of[path] for path in sorted(one_of)]
+        self.size_bytes = sum(path.stat().st_size for path in one_of)
         self.chat_template = tokenizer_hf.chat_template(path)
         self._check(
             canonical_weights(
@@ -245,6 +255,11 @@ class SafetensorsCheckpoint(_Weights):
 
     def _headers(self) -> list[bytes]:
         return [(self.path / "config.json").read_bytes()]
+
+    def release(self) -> None:
+        """Let go of the resident pages of all files; they can still be read."""
+        for tensor in self._one_of_each_file:
+            release_file(tensor.data)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

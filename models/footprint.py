@@ -203,7 +203,7 @@ def _padded(size: int) -> int:
 def step_bytes(
     spec: ModelSpec, shard: RankShard, context_tokens: int, num_slots: int, threads: int
 ) -> int:
-    """Buffers of the compiled kernels, one by one: see ``compute.cpu.engine.Step``."""
+    """Buffers of the compiled kernels, one by one: see ``compute.cpu.step.Step``."""
     pages = -(-context_tokens // 64)
     rows = min(MAX_POSITIONS, num_slots * pages * 64)
     hidden, inner = _padded(spec.hidden_size), _padded(len(shard.ffn))
@@ -214,13 +214,13 @@ def step_bytes(
         *(queries, keys, keys, queries, queries // 16),
         *(inner, inner // 16, hidden),
     )
-    vocab = _padded(spec.vocab_size if shard.is_last(spec) else 0)
+    vocab = _padded(len(shard.vocab) if shard.is_last(spec) else 0)
     logits = vocab * min(num_slots, MAX_POSITIONS)
     run = 8 * shard.queries_a_kv_head  # queries of a run of positions
     scratch = max(4096 + rows * 128, run * (2 * spec.head_dim + pages * 64) * 4)
     scratch = -(-scratch // 4096) * 4096 * threads
-    counters = 128 * (8 * len(shard.layers) + 3 + 1)
-    aligned = (len(features) + 2 + 8) * 64  # each buffer begins on a cache line
+    counters = 128 * (8 * len(shard.layers) + 5)
+    aligned = (len(features) + 2 + 9) * 64  # each buffer begins on a cache line
     return 4 * (rows * sum(features) + logits) + scratch + counters + 6 * 8 * rows + aligned
 
 

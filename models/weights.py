@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy.typing as npt
 from models.quant import KINDS, Bytes, Floats, to_float32
 
 ALL = slice(None)
+CHUNK_BYTES = 4 << 20  # of float32: beside what is kept, loading takes a few times this
 Longs = npt.NDArray[np.int64]
+_LET_GO: int = getattr(mmap, "MADV_DONTNEED", 0)  # not on Windows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,34 +105,66 @@ class Weight:
         start, stop = bounds(rows, self.num_rows)
         return slice(start, stop) if self.row_order is None else self.row_order[start:stop]
 
+    def chunks(self, rows: slice = ALL, *, multiple: int = 1) -> Iterator[slice]:
+        """Slices that together are ``rows``, so that a large tensor is read piece by piece.
+
+        Each has a whole number of ``multiple`` rows but the last, and about ``CHUNK_BYTES`` of
+        values as float32. The pages of one are let go of when the next is asked for, so use each
+        before that.
+        """
+        for part in pieces(self, rows, multiple):
+            yield part
+            self.rows(part).release()
+
     def release(self) -> None:
         """Tell the system that this process is done with the tensor's pages.
 
         They leave the process's resident memory and stay in the page cache, so that reading a
         tensor again, here or in another process, is still fast. Views stay valid.
         """
-        release(self.data)
+        if self.row_order is None or not len(self.row_order):
+            release(self.data)
+        else:
+            release(self.data[int(self.row_order.min()) : int(self.row_order.max()) + 1])
 
 
 def release(data: Bytes) -> None:
-    """Let go of the resident pages that lie wholly inside a view of a mapped file.
+    """Let go of the resident pages that hold a view of a mapped file.
 
     Nothing happens where the bytes are not mapped or the system cannot do it.
     """
-    advice: int | None = getattr(mmap, "MADV_DONTNEED", None)
+    owner = _mapping(data)
+    if owner is None or data.size == 0:
+        return
+    base = np.frombuffer(owner, dtype=np.uint8).ctypes.data
+    low, high = np.lib.array_utils.byte_bounds(data)
+    start = (low - base) // mmap.PAGESIZE * mmap.PAGESIZE
+    owner.madvise(_LET_GO, start, high - base - start)
+
+
+def release_file(data: Bytes) -> None:
+    """As ``release``, of the whole file that a view is of."""
+    owner = _mapping(data)
+    if owner is not None:
+        owner.madvise(_LET_GO)
+
+
+def _mapping(data: Bytes) -> mmap.mmap | None:
+    """The mapping behind a view; None where there is none, or no way to let go of its pages."""
     owner: Any = data
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
-    if advice is None or not isinstance(owner, mmap.mmap) or data.size == 0:
-        return
-    base = np.frombuffer(owner, dtype=np.uint8).ctypes.data
-    low, high = np.lib.array_utils.byte_bounds(data)
-    start = -(-(low - base) // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (high - base) // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:
-        owner.madvise(advice, start, stop - start)
+    return owner if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+
+
+def pieces(weight: Weight, rows: slice, multiple: int) -> Iterator[slice]:
+    """What ``Weight.chunks`` gives, without letting go of anything."""
+    start, stop = bounds(rows, weight.num_rows)
+    step = max(1, CHUNK_BYTES // (4 * weight.num_columns * multiple)) * multiple
+    for at in range(start, stop, step):
+        yield slice(at, min(at + step, stop))
 
 
 def bounds(part: slice, size: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Their values are exact: a whole number or fp8 value times a scale has few enough
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.quant import Bytes, Floats, to_float32
-from models.weights import ALL, Weight, bounds, release
+from models.weights import ALL, Weight, bounds, pieces, release
 
 Array = npt.NDArray[Any]
 Longs = npt.NDArray[np.int64]
@@ -128,6 +129,11 @@ class GroupedWeight(Weight):
         values -= zeros[groups - first].T
         values *= scales[groups - first].T
         return values
+
+    def chunks(self, rows: slice = ALL, *, multiple: int = 1) -> Iterator[slice]:
+        """See :meth:`Weight.chunks`. A row lies all over the file: pages go at the end."""
+        yield from pieces(self, rows, multiple)
+        self.release()
 
     def release(self) -> None:
         """See :meth:`Weight.release`."""
