@@ -39,6 +39,8 @@ class PeerLost(ComputeError):
         why: the sign that was seen.
     """
 
+    kind = "peer_lost"
+
     def __init__(self, rank: int, why: str) -> None:
         super().__init__(rank, why)
         self.rank, self.why = rank, why
@@ -50,6 +52,8 @@ class PeerLost(ComputeError):
 
 class JoinRefused(ComputeError):
     """This rank does not belong to the group it tried to join, or cannot join one."""
+
+    kind = "join_refused"
 
 
 class OutOfMemory(ComputeError):

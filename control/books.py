@@ -11,7 +11,9 @@ from typing import Any
 
 from bridge.term import Atom, Pid, Ref, Term
 from control.desired import Desired, Wanted
-from control.instance import History, InstanceSpec, describe_spec
+from control.instance import History
+from control.instance_spec import InstanceSpec, describe_shape, describe_spec
+from control.load_options import MeshShape
 
 COMING_UP = ("pulling", "loading", "recovering")  # states that a request waits for
 
@@ -52,10 +54,10 @@ class Record:
             else {
                 Atom("id"): self.id,
                 Atom("model"): self.model,
-                Atom("strategy"): Atom("single"),
-                Atom("tensor_size"): 1,
-                Atom("pipeline_size"): 1,
-                Atom("engine"): self.wanted.options.engine or "torch",
+                **describe_shape(
+                    self.wanted.options.shape() or MeshShape.even(1, 1),
+                    self.wanted.options.engine or "torch",
+                ),
             }
         )
         return {
@@ -114,6 +116,15 @@ class Books:
 
     def remove(self, instance: str) -> None:
         self._records.pop(instance, None)
+
+    def memory_bytes(self, but: str) -> int:
+        """Memory of this machine that every instance but one was placed with."""
+        return sum(
+            rank.memory_bytes
+            for record in self
+            if record.spec is not None and record.state != "failed" and record.id != but
+            for rank in record.spec.ranks
+        )
 
     def ids(self) -> list[str]:
         return list(self._records)

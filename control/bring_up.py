@@ -18,14 +18,14 @@ from bridge.process import Process
 from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
-from control.desired import BadOption, LoadOptions
-from control.errors import ControlError, NoPlacement
-from control.instance import History, InstanceSpec, instance_child
+from control.errors import ControlError
+from control.instance import History, instance_child
+from control.instance_spec import InstanceSpec, RankSpec
+from control.load_options import LoadOptions
+from control.placement import MEMORY, Defaults, Host, Request, decide
 from control.rank import RankLimits
 from models.checkpoint import open_checkpoint
 from models.errors import ModelError
-from models.memory import kv_elements
-from models.mesh import whole
 
 TREE_UP_S = 60.0
 POLL_S = 0.02
@@ -33,22 +33,18 @@ FETCH_S = 7 * 24 * 3600.0  # the store gives up on a stalled download itself
 START_S = 120.0
 END_S = 60.0
 ASK_S = 5.0
-KV_BYTES_PER_ELEMENT = 4  # the CPU engine's; CUDA's takes half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One instance to bring up: what was asked, and the defaults for the rest."""
+    """One instance to bring up: what was asked, defaults for the rest, and where."""
 
     id: str
     model: str
     ref: str
     options: LoadOptions
-    context_tokens: int  # where the options name none; 0: the model's own
-    num_slots: int
-    threads: int
-    device: str
-    limit_bytes: int  # memory that this machine lends
+    defaults: Defaults
+    host: Host
 
 
 async def bring_up(
@@ -72,19 +68,10 @@ async def bring_up(
             failed("model_store", repr(other))
             return
     try:
-        context_tokens = await asyncio.to_thread(_check, path, plan)
+        spec = await asyncio.to_thread(_decide, path, plan)
     except (ModelError, ControlError) as exc:
         failed(exc.kind, str(exc))
         return
-    spec = InstanceSpec(
-        id=plan.id,
-        model=plan.model,
-        path=path,
-        context_tokens=context_tokens,
-        num_slots=plan.num_slots,
-        threads=plan.threads,
-        device=plan.device,
-    )
     me.send(books, (Atom("prepared"), plan.id, spec))
     child = instance_child(spec, history, limits)
     match await gen_server.call(
@@ -96,30 +83,40 @@ async def bring_up(
             failed("start_failed", f"its processes did not start: {show(other, 500)}")
 
 
-def _check(path: Path, plan: Plan) -> int:
-    """Read the model's header; the context to serve.
+def _decide(path: Path, plan: Plan) -> InstanceSpec:
+    """Read the model's header and place it, before anything starts.
 
     Raises:
-        ModelError: the file is damaged or of a kind that is not supported.
-        BadOption: the context asked for is beyond the model's.
-        NoPlacement: weights and KV cache are beyond the memory that this machine lends.
+        ModelError: the file is damaged, of a kind that is not supported, or cannot be cut as
+            asked for.
+        BadOption: the model or the machine cannot do what was asked for.
+        NoPlacement: a rank would take more memory than this machine lends.
     """
     checkpoint = open_checkpoint(path)
-    limit = checkpoint.spec.context_length
-    asked = plan.options.context
-    if asked > limit:
-        raise BadOption(f"context={asked} is beyond the {limit} tokens of {plan.model}")
-    context_tokens = asked or min(plan.context_tokens or limit, limit)
-    kv_bytes = (
-        KV_BYTES_PER_ELEMENT
-        * kv_elements(checkpoint.spec, whole(checkpoint.spec))
-        * context_tokens
-        * plan.num_slots
+    request = Request.of(plan.model, plan.options, checkpoint.spec, plan.defaults)
+    placement = decide(request, (plan.host,), checkpoint.spec, checkpoint)
+    if placement.chosen is None:
+        assert placement.refusal is not None
+        raise placement.refusal
+    return InstanceSpec(
+        id=plan.id,
+        model=plan.model,
+        path=path,
+        context_tokens=request.context_tokens,
+        num_slots=request.num_slots,
+        shape=placement.chosen.shape,
+        ranks=tuple(
+            RankSpec(
+                device=rank.device,
+                threads=rank.threads,
+                memory_bytes=rank.needs.total_bytes if rank.pool == MEMORY else 0,
+                limit_bytes=rank.limit_bytes,
+            )
+            for rank in placement.chosen.ranks
+        ),
+        experts=request.experts or "inside",
+        engine=placement.engine,
     )
-    need_bytes = checkpoint.size_bytes + kv_bytes
-    if need_bytes > plan.limit_bytes:
-        raise NoPlacement(plan.model, need_bytes, kv_bytes, plan.limit_bytes)
-    return context_tokens
 
 
 async def take_down(

@@ -17,8 +17,8 @@ from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import backend, remote_generate
 from control.cluster_api import ClusterApi
-from control.desired import LoadOptions
 from control.errors import ControlError
+from control.load_options import LoadOptions
 from control.remote_generate import Options, usage_term
 
 log = logging.getLogger("control.cluster")

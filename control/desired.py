@@ -7,91 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from bridge.show import show
-from bridge.text import text_of
 from control.errors import ControlError
-
-MAX_SLOTS = 1024
-
-
-class BadOption(ControlError):
-    """A load option is unknown, of the wrong type, or cannot be honoured."""
-
-    kind = "bad_option"
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """Shape of an instance; 0 or empty lets the cluster choose.
-
-    Attributes:
-        context: tokens a request may have, prompt and answer together.
-        slots: requests served at once.
-        tensor, pipeline: ranks in each direction.
-        threads: CPU threads of a rank.
-        device: ``cpu``, ``cuda:0``.
-    """
-
-    context: int = 0
-    slots: int = 0
-    tensor: int = 0
-    pipeline: int = 0
-    threads: int = 0
-    engine: str = ""
-    device: str = ""
-
-    @staticmethod
-    def from_term(options: Mapping[Any, Any]) -> LoadOptions:
-        """Check a map of options. Raises BadOption with the option's name."""
-        known = {f.name: f for f in fields(LoadOptions)}
-        found: dict[str, Any] = {}
-        for key, value in options.items():
-            name = text_of(key)
-            if name == "shares":
-                raise BadOption(
-                    "shares: uneven shares need more than one rank, which this version "
-                    "does not place yet; leave it out"
-                )
-            if name not in known:
-                raise BadOption(f"unknown option {name!r}; known: {', '.join(sorted(known))}")
-            if known[name].type == "int":
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise BadOption(f"{name}: expected a number from 0, got {show(value, 60)}")
-                found[name] = value
-            else:
-                if not isinstance(value, str | bytes):
-                    raise BadOption(f"{name}: expected text, got {show(value, 60)}")
-                found[name] = text_of(value)
-        return LoadOptions(**found).checked()
-
-    def checked(self) -> LoadOptions:
-        """Raises BadOption for what this version cannot do."""
-        for name in ("tensor", "pipeline"):
-            if getattr(self, name) > 1:
-                raise BadOption(
-                    f"{name}={getattr(self, name)}: this version runs one rank an "
-                    f"instance; leave it out or ask for 1"
-                )
-        if self.slots > MAX_SLOTS:
-            raise BadOption(f"slots={self.slots}: at most {MAX_SLOTS}")
-        if self.device and not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", self.device):
-            raise BadOption(f"device={self.device!r}: give cpu, cuda or cuda:N")
-        if self.engine not in ("", "torch"):
-            raise BadOption(f"engine={self.engine!r}: this version has the engine 'torch'")
-        return self
+from control.load_options import BadOption, LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +20,7 @@ class Wanted:
 
     id: str
     model: str  # what the user named: card id, path or hf: reference
-    options: LoadOptions = LoadOptions()
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,19 +130,16 @@ class StoreUnusable(ControlError):
 
 
 class NoPlacement(ControlError):
-    """No machine of the cluster may hold the model."""
+    """No machine of the cluster may hold the model; ``why`` has the numbers of every rank."""
 
     kind = "no_placement"
 
-    def __init__(self, model: str, need_bytes: int, kv_bytes: int, limit_bytes: int) -> None:
-        super().__init__(model, need_bytes, kv_bytes, limit_bytes)
-        self.model, self.need_bytes = model, need_bytes
-        self.kv_bytes, self.limit_bytes = kv_bytes, limit_bytes
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(model, why)
+        self.model, self.why = model, why
 
     def __str__(self) -> str:
-        need, kv, limit = (b / 1e9 for b in (self.need_bytes, self.kv_bytes, self.limit_bytes))
         return (
-            f"cannot place {self.model}: it needs {need:.2f} GB ({kv:.2f} GB of that for the KV "
-            f"cache), this machine lends {limit:.2f} GB. Give it fewer slots or less context, "
+            f"cannot place {self.model} {self.why}. Give it fewer slots or less context, "
             "pick a smaller quantisation, or raise max_memory."
         )

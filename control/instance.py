@@ -15,41 +15,30 @@ sends ``{instance, Id, State, Pid, Epoch, Text}`` to ``scheduler``
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
+from bridge.process_errors import Exit
+from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import supervisor
+from control.instance_spec import InstanceSpec, describe_spec, rank_name
+from control.load_ranks import LoadFailed, load_ranks
 from control.names import until_free
 from control.rank import Rank, RankLimits
 from control.spec import ChildSpec, ChildType, Restart, Strategy, SupSpec
+from models.mesh import head_rank
 
-LOAD_S = 1800.0  # a 100 GB model from a slow disk
 MAX_EPOCHS_WITHOUT_PROGRESS = 5
 PROGRESS_AFTER_S = 30.0  # an epoch that was ready this long counts as progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceSpec:
-    """What to run: one model in one shape. Byte sizes and ranges are the engine's business."""
-
-    id: str
-    model: str
-    path: Path
-    context_tokens: int
-    num_slots: int
-    threads: int
-    device: str
-    num_ranks: int = 1
-    engine: str = "torch"
+RANGES = ("layers", "kv_heads", "query_heads", "ffn", "vocab", "experts")  # half-open
+SIZES = ("weights_bytes", "kv_bytes", "workspace_bytes")
 
 
 @dataclass(slots=True)
@@ -70,7 +59,7 @@ class History:
 
 
 class Coordinator(GenServer):
-    """Loads the model on its ranks, then lets requests through to rank 0."""
+    """Loads the model on its ranks, then lets requests through to their head."""
 
     def __init__(self, spec: InstanceSpec, history: History) -> None:
         super().__init__()
@@ -152,7 +141,8 @@ class Coordinator(GenServer):
         if self.state != "ready":
             return (Atom("error"), Atom("not_ready"), f"instance {self.spec.id} is {self.state}")
         self._active[self.me.monitor(requester)] = ref
-        gen_server.cast(self.me, self.ports[0], (Atom("submit"), requester, ref, options))
+        head = self.ports[head_rank(self.spec.shape.tensor, self.spec.shape.pipeline)]
+        gen_server.cast(self.me, head, (Atom("submit"), requester, ref, options))
         return (Atom("ok"), self.epoch)
 
     def _end_drain(self) -> None:
@@ -164,42 +154,21 @@ class Coordinator(GenServer):
     # -- loading ---------------------------------------------------------------------------
 
     async def _load_ranks(self, me: Process) -> None:
-        """Ask every rank's port to load; all of them at once, since collectives meet in it."""
-        ports: list[Pid] = []
-        for rank in range(self.spec.num_ranks):
-            facts = await gen_server.call(me, rank_name(self.spec.id, rank), Atom("describe"))
-            ports.append(facts["port"])
-        answers = await asyncio.gather(
-            *(
-                gen_server.node_call(
-                    me.node, port, (Atom("load"), self._order(rank)), timeout_s=LOAD_S
-                )
-                for rank, port in enumerate(ports)
-            )
-        )
-        found = []
-        for answer in answers:
-            match answer:
-                case ("ok", dict(facts)):
-                    found.append(facts)
-                case ("error", kind, text):
-                    me.send(self.me.pid, (Atom("load_failed"), kind, text))
-                    return
-        me.send(self.me.pid, (Atom("loaded"), ports, found))
-
-    def _order(self, rank: int) -> dict[Any, Term]:
-        spec = self.spec
-        return {
-            Atom("instance"): spec.id,
-            Atom("epoch"): self.epoch,
-            Atom("rank"): rank,
-            Atom("world_size"): spec.num_ranks,
-            Atom("path"): str(spec.path),
-            Atom("context_tokens"): spec.context_tokens,
-            Atom("num_slots"): spec.num_slots,
-            Atom("threads"): spec.threads,
-            Atom("device"): spec.device,
-        }
+        """Load every rank's part. Ends with the coordinator when one of them is lost."""
+        try:
+            ports: list[Pid] = []
+            for rank in range(self.spec.num_ranks):
+                known = await gen_server.call(me, rank_name(self.spec.id, rank), Atom("describe"))
+                ports.append(known["port"])
+            facts = await load_ranks(me, self.spec, self.epoch, ports)
+        except LoadFailed as exc:
+            me.send(self.me.pid, (Atom("load_failed"), Atom(exc.kind), exc.text))
+        except Exit as exc:
+            if not self._history.last_error:  # a lost rank said it better
+                self._history.note(show(exc.reason, 500))
+            raise
+        else:
+            me.send(self.me.pid, (Atom("loaded"), ports, facts))
 
     # -- what others see -------------------------------------------------------------------
 
@@ -210,13 +179,17 @@ class Coordinator(GenServer):
         )
 
     async def _describe(self) -> dict[Any, Term]:
+        ranks = [await self._describe_rank(rank) for rank in range(self.spec.num_ranks)]
+        known = describe_spec(self.spec)
+        if self._facts:
+            known[Atom("engine")] = engine_of(self._facts[0], self.spec.engine)
         return {
-            **describe_spec(self.spec),
+            **known,
             Atom("state"): Atom(self.state),
             Atom("epoch"): self.epoch,
             Atom("restarts"): self.epoch - 1,
             Atom("active_requests"): len(self._active),
-            Atom("ranks"): [await self._describe_rank(r) for r in range(self.spec.num_ranks)],
+            Atom("ranks"): ranks,
         }
 
     async def _describe_rank(self, rank: int) -> dict[Any, Term]:
@@ -224,38 +197,26 @@ class Coordinator(GenServer):
             self.me, rank_name(self.spec.id, rank), Atom("describe"), timeout_s=1.0
         )
         facts = self._facts[rank] if rank < len(self._facts) else {}
-        rows = {
+        row = {
             Atom("rank"): rank,
             Atom("node"): self.me.node.name,
             Atom("os_pid"): known["os_pid"],
             Atom("state"): Atom(self.state),
-            Atom("device"): facts.get("device", self.spec.device or "cpu:0"),
+            Atom("device"): facts.get("device", self.spec.ranks[rank].device or "cpu:0"),
             Atom("kernels"): facts.get("kernels", Atom("undefined")),
-            Atom("layers"): facts.get("layers", []),
-            Atom("kv_heads"): facts.get("kv_heads", []),
             Atom("memory_bytes"): known["memory_bytes"],
         }
+        row |= {Atom(name): facts.get(name, []) for name in RANGES}
+        row |= {Atom(name): facts.get(name, 0) for name in SIZES}
         if known["load_total"]:
-            rows[Atom("load_done")] = known["load_done"]
-            rows[Atom("load_total")] = known["load_total"]
-        return rows
+            row[Atom("load_done")] = known["load_done"]
+            row[Atom("load_total")] = known["load_total"]
+        return row
 
 
-def describe_spec(spec: InstanceSpec) -> dict[Any, Term]:
-    """The part of an instance's map that does not change while it lives."""
-    return {
-        Atom("id"): spec.id,
-        Atom("model"): spec.model,
-        Atom("strategy"): Atom("single" if spec.num_ranks == 1 else "tensor"),
-        Atom("tensor_size"): spec.num_ranks,
-        Atom("pipeline_size"): 1,
-        Atom("engine"): spec.engine,
-    }
-
-
-def rank_name(instance: str, rank: int) -> Atom:
-    """Registered name of a rank's process, for whoever wants to look inside."""
-    return Atom(f"{instance}_rank{rank}")
+def engine_of(facts: dict[Any, Term], placed: str) -> str:
+    """Engine of a rank that is loaded: where nobody asked for one, the port chose it."""
+    return "mlx" if text_of(facts.get("kernels", "")) == "mlx" else placed
 
 
 def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> ChildSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
@@ -37,13 +38,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One reading."""
+    """One reading. ``has_mlx``: MLX is installed, whatever devices there are."""
 
     total_bytes: int
     available_bytes: int
     limit_bytes: int
     cores: int
     devices: tuple[Device, ...]
+    has_mlx: bool = False
 
     def to_term(self) -> dict[Any, Term]:
         """The ``memory``, ``cores`` and ``devices`` of CONTRACT section 3."""
@@ -81,6 +83,7 @@ def read_machine(limits: Limits) -> Machine:
         limit_bytes=limit_bytes,
         cores=cores,
         devices=tuple(devices),
+        has_mlx=_has_mlx(),
     )
 
 
@@ -90,6 +93,12 @@ def _cores() -> int:
         return len(psutil.Process().cpu_affinity() or ()) or psutil.cpu_count() or 1
     except AttributeError:  # macOS has no affinity
         return psutil.cpu_count() or 1
+
+
+@functools.cache
+def _has_mlx() -> bool:
+    """Looked for, not imported: no tensor library belongs in the control process."""
+    return importlib.util.find_spec("mlx") is not None
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
 from control.backend import Backend, DoneEvent, FinishReason, GenerateRequest, OpenModel
-from control.desired import BadOption
 from control.gateway.generation_text import AnswerText
+from control.load_options import BadOption
 from models import chat
 from models.errors import ModelError
 

@@ -36,11 +36,15 @@ from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import bring_up
 from control.books import Absent, Books, ComingUp, Failed, Record, Served
-from control.desired import Desired, LoadOptions, Wanted, read_desired, write_desired
+from control.desired import Desired, Wanted, read_desired, write_desired
 from control.errors import ControlError, NotReady
 from control.events import publish
-from control.instance import InstanceSpec
+from control.instance_spec import InstanceSpec
+from control.load_options import LoadOptions
+from control.machine import Machine
+from control.placement import Defaults, Host, host_of
 from control.rank import RankLimits
+from models.card import Card
 
 log = logging.getLogger("control.scheduler")
 
@@ -49,23 +53,19 @@ DEMAND_RETRY_S = 10.0  # after a load on demand failed, before the next request 
 AT_ONCE = ("wanted", "instances")  # calls that need no complete books
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Defaults for what the options leave open."""
-
-    context_tokens: int = 0
-    num_slots: int = 4
-    threads: int = 0
-    device: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A model reference, looked up: its id and whether its files are on this machine."""
+    """A model reference, looked up.
+
+    Attributes:
+        path: of its files, where they are on this machine.
+        card: what is known of it where they are not.
+    """
 
     id: str
     ref: str
-    local: bool
+    path: Path | None
+    card: Card | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,17 +96,17 @@ class Scheduler(GenServer):
         lookup: Lookup,
         *,
         desired_path: Path,
-        shape: Shape,
+        defaults: Defaults,
         limits: RankLimits,
-        limit_bytes: Callable[[], int],
+        machine: Callable[[], Machine],
         autoload: bool,
         refuse: str = "",
     ) -> None:
         super().__init__()
         self._lookup = lookup
         self._path = desired_path
-        self._shape, self._limits, self._autoload = shape, limits, autoload
-        self._limit_bytes, self._refuse = limit_bytes, refuse
+        self._defaults, self._limits, self._autoload = defaults, limits, autoload
+        self._machine, self._refuse = machine, refuse
         self.desired = Desired()
         self.books = Books()
         self._waiting: list[tuple[str, Term]] = []  # (model id, From) of `find`
@@ -209,7 +209,7 @@ class Scheduler(GenServer):
         resolved = self._lookup.resolve(ref)
         record = self._begin(Record("", resolved.id, Wanted("", ref, options)), resolved)
         self._save(self.desired.add(record.wanted))
-        if not resolved.local:
+        if resolved.path is None:
             return (Atom("ok"), record.id)
         record.reply_to = from_  # the files are here: a broken one is told to the caller
         return NOREPLY
@@ -227,11 +227,8 @@ class Scheduler(GenServer):
             model=resolved.id,
             ref=record.wanted.model,
             options=options,
-            context_tokens=self._shape.context_tokens,
-            num_slots=options.slots or self._shape.num_slots,
-            threads=options.threads or self._shape.threads,
-            device=options.device or self._shape.device,
-            limit_bytes=self._limit_bytes(),
+            defaults=self._defaults,
+            host=self._host(record.id),
         )
         record.worker = self.me.spawn(
             lambda me: bring_up.bring_up(
@@ -241,6 +238,10 @@ class Scheduler(GenServer):
             label=f"bring up {record.id}",
         )
         return record
+
+    def _host(self, id_: str) -> Host:
+        """This machine, less what instances other than ``id_`` take of it."""
+        return host_of(str(self.me.node.name), self._machine(), self.books.memory_bytes(id_))
 
     def _begin_again(self, record: Record) -> None:
         """Bring up what should run but does not."""

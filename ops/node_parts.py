@@ -11,10 +11,10 @@ from bridge.node import Node
 from bridge.tls import TlsFiles
 from control.cluster_api import ClusterApi
 from control.gateway.process import BoundAddress
-from control.machine import Limits, read_machine
+from control.machine import Limits
 from control.model_store import ModelStore
+from control.placement import Defaults
 from control.rank import RankLimits
-from control.scheduler import Shape
 from models.card import load_cards
 from ops.config import Config, Role
 from ops.home import Home
@@ -61,10 +61,10 @@ def make_parts(
         state_dir=home.state_dir,
         roles=tuple(sorted(str(r) for r in roles)),
         machine_limits=limits,
-        shape=Shape(
+        defaults=Defaults(
             context_tokens=config.engine.context_tokens or DEFAULT_CONTEXT_TOKENS,
             num_slots=config.engine.num_slots,
-            threads=config.engine.threads or read_machine(limits).cores,
+            threads=config.engine.threads or 0,
             device=config.engine.device or "",
         ),
         rank_limits=RankLimits(),

@@ -38,9 +38,10 @@ from control.membership import Membership
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
 from control.names import until_free
+from control.placement import Defaults
 from control.ports import Ports, StartPort
 from control.rank import RankLimits
-from control.scheduler import Lookup, Resolved, Scheduler, Shape
+from control.scheduler import Lookup, Resolved, Scheduler
 from control.spec import ChildSpec, ChildType, Strategy, SupSpec
 from models.card import find_card
 
@@ -57,7 +58,7 @@ class Parts:
     state_dir: Path
     roles: tuple[str, ...]
     machine_limits: Limits
-    shape: Shape
+    defaults: Defaults
     rank_limits: RankLimits
     autoload: bool
     num_spares: int
@@ -126,7 +127,7 @@ def surface_sup(p: Parts) -> SupSpec:
 def _scheduler(p: Parts) -> Scheduler:
     def resolve(ref: str) -> Resolved:
         found = p.store.resolve(ref)
-        return Resolved(found.id, ref, p.store.is_local(found))
+        return Resolved(found.id, ref, p.store.path_of(found), found.card)
 
     def card_of(name: str) -> str:
         card = find_card(p.store.cards, name)
@@ -142,9 +143,9 @@ def _scheduler(p: Parts) -> Scheduler:
     return Scheduler(
         Lookup(resolve=resolve, card_of=card_of),
         refuse=refuse,
-        limit_bytes=lambda: read_machine(p.machine_limits).limit_bytes,
+        machine=partial(read_machine, p.machine_limits),
         desired_path=p.state_dir / "desired.json",
-        shape=p.shape,
+        defaults=p.defaults,
         limits=p.rank_limits,
         autoload=p.autoload,
     )

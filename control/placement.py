@@ -1,0 +1,419 @@
+"""Where an instance would run and in which shape: one pure decision, with reasons.
+
+A request, machines, and a model's header in; out come the chosen mesh with what each rank holds
+and takes, and why every other was not chosen. Nothing is measured, read or started here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from control.errors import NoPlacement
+from control.load_options import BadOption, LoadOptions, MeshShape
+from control.machine import Machine
+from models.errors import ModelError
+from models.footprint import Footprint, footprint, kernels_for
+from models.legal import IllegalShares
+from models.mesh import Costs, Units, mesh, units_of, weight_costs
+from models.sharding import RankShard
+from models.spec import ModelSpec
+
+MOST_CONSIDERED = 8  # ranks of a shape that nobody asked for
+MEMORY = "memory"  # what CPU ranks share; a CUDA device has its own
+
+
+class StoredAs(Protocol):
+    """What is asked of a tensor."""
+
+    @property
+    def kind(self) -> str:
+        """Storage format."""
+        ...
+
+    @property
+    def block_columns(self) -> int:
+        """Columns that are stored together."""
+        ...
+
+
+class Stored(Protocol):
+    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
+
+    def tensor(self, name: str) -> StoredAs:
+        """One weight by canonical name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A machine as placement sees it.
+
+    Attributes:
+        name: of its node.
+        limit_bytes: memory that it lends; used_bytes: what other instances take of that.
+        cores: that ranks may use.
+        cuda_bytes: memory of each CUDA device.
+        has_mlx: MLX can be imported; has_metal: and has a GPU.
+    """
+
+    name: str
+    limit_bytes: int
+    used_bytes: int = 0
+    cores: int = 1
+    cuda_bytes: tuple[int, ...] = ()
+    has_mlx: bool = False
+    has_metal: bool = False
+
+
+def host_of(name: str, machine: Machine, used_bytes: int) -> Host:
+    """A machine's reading as placement sees it."""
+    return Host(
+        name=name,
+        limit_bytes=machine.limit_bytes,
+        used_bytes=used_bytes,
+        cores=machine.cores,
+        cuda_bytes=tuple(d.memory_bytes for d in machine.devices if d.kind == "cuda"),
+        has_mlx=machine.has_mlx,
+        has_metal=any(d.kind == "metal" for d in machine.devices),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """For what options leave open; 0 or empty: there is none.
+
+    Attributes:
+        threads: of a rank.
+    """
+
+    context_tokens: int = 0
+    num_slots: int = 4
+    threads: int = 0
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to place.
+
+    Attributes:
+        model: its id, for texts.
+        shape: None lets placement choose.
+        threads: of a rank; 0 divides the machine's cores.
+        device, engine: empty lets the port choose.
+    """
+
+    model: str
+    shape: MeshShape | None
+    context_tokens: int
+    num_slots: int
+    experts: str = ""
+    engine: str = ""
+    device: str = ""
+    threads: int = 0
+
+    @staticmethod
+    def of(model: str, options: LoadOptions, spec: ModelSpec, defaults: Defaults) -> Request:
+        """Options, and defaults for what they leave open.
+
+        Raises:
+            BadOption: the model cannot do what they ask for.
+        """
+        limit, device = spec.context_length, defaults.device
+        if options.context > limit:
+            raise BadOption(f"context={options.context} is beyond the {limit} tokens of {model}")
+        if options.experts and spec.experts is None:
+            raise BadOption(f"experts={options.experts}: this {spec.family} model has none")
+        if options.engine and device.startswith("mlx") != (options.engine == "mlx"):
+            device = ""  # a default of the other engine
+        return Request(
+            model=model,
+            shape=options.shape(),
+            context_tokens=options.context or min(defaults.context_tokens or limit, limit),
+            num_slots=options.slots or defaults.num_slots,
+            experts=options.experts,
+            engine=options.engine,
+            device=options.device or device,
+            threads=options.threads or defaults.threads,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlace:
+    """One rank of a mesh.
+
+    Attributes:
+        pool: the memory it takes of: ``MEMORY``, or that of a CUDA device.
+        device: what the port is told; empty lets it choose. ``kernels`` and ``needs`` are of
+            the device it would choose.
+        limit_bytes: what the rank may take: the machine's memory less what the others take; 0
+            where that is not known.
+    """
+
+    node: str
+    device: str
+    pool: str
+    kernels: str
+    threads: int
+    shard: RankShard
+    needs: Footprint
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One shape. ``why`` says why it is not taken; empty for the chosen one.
+
+    Attributes:
+        ranks: empty where the model cannot be cut so.
+        refusal: what makes it impossible; None where it would fit.
+    """
+
+    shape: MeshShape
+    ranks: tuple[RankPlace, ...] = ()
+    refusal: ModelError | NoPlacement | None = None
+    why: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all ranks."""
+        return sum(rank.needs.total_bytes for rank in self.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The decision.
+
+    Attributes:
+        chosen: None where nothing fits; ``refusal`` is then the reason to tell.
+        rejected: every other shape that was looked at.
+    """
+
+    request: Request
+    engine: str
+    chosen: Candidate | None
+    rejected: tuple[Candidate, ...]
+    refusal: ModelError | NoPlacement | None = None
+
+
+def decide(
+    request: Request, hosts: Sequence[Host], spec: ModelSpec, stored: Stored | None, kind: str = ""
+) -> Placement:
+    """Choose a mesh.
+
+    What was asked for is taken if it can be. Else the first shape that fits: as few ranks as
+    will do, since ranks of one machine share its cores and each has a process of its own.
+
+    Args:
+        request: what to place.
+        hosts: machines that may run ranks; today the first one holds all of an instance.
+        spec: of the model.
+        stored: its checkpoint; None where it is not downloaded.
+        kind: the storage format to assume then.
+
+    Raises:
+        BadOption: no machine here has what was asked for.
+    """
+    host = hosts[0]
+    on = _Machine(host, request, spec, stored, kind)
+    tried = [on.candidate(shape) for shape in _shapes(request, host)]
+    asked = tried[:1] if request.shape is not None else tried
+    chosen = next((candidate for candidate in asked if candidate.refusal is None), None)
+    rejected = tuple(
+        _with_reason(candidate, chosen, request, host)
+        for candidate in tried
+        if candidate is not chosen
+    )
+    return Placement(
+        request=request,
+        engine=on.engine,
+        chosen=chosen,
+        rejected=rejected,
+        refusal=None if chosen else asked[0].refusal,
+    )
+
+
+def _shapes(request: Request, host: Host) -> list[MeshShape]:
+    """The shape asked for, then every other that is worth a look, few ranks first."""
+    most = min(MOST_CONSIDERED, max(2, host.cores, len(host.cuda_bytes)))
+    sizes = [(t, p) for t in range(1, most + 1) for p in range(1, most // t + 1)]
+    sizes.sort(key=lambda size: (size[0] * size[1], size[1]))
+    first = [] if request.shape is None else [request.shape]
+    return first + [shape for t, p in sizes if (shape := MeshShape.even(t, p)) not in first]
+
+
+def _with_reason(
+    candidate: Candidate, chosen: Candidate | None, request: Request, host: Host
+) -> Candidate:
+    if candidate.refusal is not None:
+        why = str(candidate.refusal)
+    elif request.shape is not None:
+        why = f"would take {_gb(candidate.total_bytes)}, but {request.shape} was asked for"
+    else:
+        assert chosen is not None  # else this one would be chosen
+        more = candidate.total_bytes - chosen.total_bytes
+        why = (
+            f"would take {_gb(candidate.total_bytes)}, {_gb(more)} more than {chosen.shape}, on "
+            f"the same {host.cores} cores"
+        )
+    return Candidate(
+        shape=candidate.shape, ranks=candidate.ranks, refusal=candidate.refusal, why=why
+    )
+
+
+class _Machine:
+    """One machine, asked for one model: what is the same for all shapes."""
+
+    def __init__(
+        self, host: Host, request: Request, spec: ModelSpec, stored: Stored | None, kind: str
+    ) -> None:
+        self.host, self.request, self.spec = host, request, spec
+        self.engine = _engine(request, host)
+        self._stored: Stored = stored if stored is not None else _Assumed(kind)
+        self._units = Units() if stored is None else units_of(spec, stored)
+        self._costs: Costs = weight_costs(spec)
+
+    def candidate(self, shape: MeshShape) -> Candidate:
+        """What each rank of a shape would hold and take."""
+        try:
+            shards = mesh(
+                self.spec,
+                shape.grid,
+                units=self._units,
+                costs=self._costs,
+                experts="across" if self.request.experts == "across" else "inside",
+                split_embedding=True,
+            )
+        except IllegalShares as exc:
+            return Candidate(shape=shape, refusal=exc)
+        devices = [self._device(rank, shape.num_ranks) for rank in range(shape.num_ranks)]
+        threads = self.request.threads or max(1, self.host.cores // shape.num_ranks)
+        needs = [
+            footprint(
+                self.spec,
+                self._stored,
+                shard,
+                kernels=kernels_for(self.spec, device or self._likely),
+                device=device or self._likely,
+                context_tokens=self.request.context_tokens,
+                num_slots=self.request.num_slots,
+                threads=threads,
+            )
+            for shard, device in zip(shards, devices, strict=True)
+        ]
+        pools = [self._pool(device or self._likely) for device in devices]
+        taken: Counter[str] = Counter()
+        for pool, need in zip(pools, needs, strict=True):
+            taken[pool] += need.total_bytes
+        ranks = tuple(
+            RankPlace(
+                node=self.host.name,
+                device=device,
+                pool=pool,
+                kernels=kernels_for(self.spec, device or self._likely),
+                threads=threads,
+                shard=shard,
+                needs=need,
+                limit_bytes=self._limit(pool, taken[pool] - need.total_bytes),
+            )
+            for shard, device, need, pool in zip(shards, devices, needs, pools, strict=True)
+        )
+        for pool, total_bytes in taken.items():
+            free = self._free(pool)
+            if free is not None and total_bytes > free:
+                return Candidate(
+                    shape=shape, ranks=ranks, refusal=self._refusal(shape, ranks, pool)
+                )
+        return Candidate(shape=shape, ranks=ranks)
+
+    @property
+    def _likely(self) -> str:
+        """The device a port chooses by itself on such a machine."""
+        if self.engine == "mlx":
+            return "mlx"
+        return "cuda:0" if self.host.cuda_bytes and self.request.engine != "mlx" else "cpu"
+
+    def _device(self, rank: int, num_ranks: int) -> str:
+        """What the port of a rank is told."""
+        asked, devices = self.request.device, len(self.host.cuda_bytes)
+        if asked == "cuda" or (not asked and self._likely == "cuda:0" and num_ranks > 1):
+            return f"cuda:{rank % max(1, devices)}"
+        if self.engine == "mlx":
+            return "mlx"
+        if not asked and self.request.engine == "torch" and self.host.has_metal:
+            return "cpu"  # a port would choose MLX there
+        return asked
+
+    def _pool(self, device: str) -> str:
+        """Which memory a device's ranks share."""
+        return device if device.startswith("cuda") else MEMORY
+
+    def _free(self, pool: str) -> int | None:
+        """Bytes that ranks may take of a memory; None where only the port can know."""
+        if pool == MEMORY:
+            return max(0, self.host.limit_bytes - self.host.used_bytes)
+        number = int(pool.partition(":")[2] or 0)
+        known = self.host.cuda_bytes
+        return known[number] if number < len(known) else None
+
+    def _limit(self, pool: str, others_bytes: int) -> int:
+        free = self._free(pool)
+        return 0 if free is None else max(1, free - others_bytes)
+
+    def _refusal(self, shape: MeshShape, ranks: Sequence[RankPlace], pool: str) -> NoPlacement:
+        if pool == MEMORY:
+            where = f"{self.host.name} lends {_gb(self.host.limit_bytes)}"
+            if self.host.used_bytes:
+                where += f", {_gb(self.host.used_bytes)} of it to other instances"
+        else:
+            where = f"{pool} of {self.host.name} has {_gb(self._free(pool) or 0)}"
+        needs = "; ".join(
+            f"rank {number} needs {_parts(rank.needs)}" for number, rank in enumerate(ranks)
+        )
+        total_bytes = sum(rank.needs.total_bytes for rank in ranks)
+        together = f", together {_gb(total_bytes)}" if len(ranks) > 1 else ""
+        return NoPlacement(self.request.model, f"as {shape}: {needs}{together}; {where}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Assumed:
+    """A model that is not here yet, taken to be stored in one format throughout."""
+
+    kind: str
+    block_columns: int = 32
+
+    def tensor(self, name: str) -> _Assumed:
+        del name
+        return self
+
+
+def _engine(request: Request, host: Host) -> str:
+    """``torch`` or ``mlx``. Raises BadOption where that cannot run here."""
+    device = request.device
+    wants_mlx = request.engine == "mlx" or device.startswith("mlx")
+    if wants_mlx and not host.has_mlx:
+        raise BadOption(
+            f"engine='mlx': {host.name} has no MLX; install the extra 'mlx' there, or leave "
+            "engine and device out"
+        )
+    if wants_mlx or (host.has_metal and host.has_mlx and not (request.engine or device)):
+        return "mlx"
+    devices, number = len(host.cuda_bytes), int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and devices and number >= devices:
+        raise BadOption(f"device={device!r}: {host.name} has {devices} CUDA devices, from 0")
+    return "torch"
+
+
+def _parts(needs: Footprint) -> str:
+    return (
+        f"{_gb(needs.total_bytes)} (weights {_gb(needs.weights_bytes)}, KV cache "
+        f"{_gb(needs.kv_bytes)}, workspace {_gb(needs.workspace_bytes)}, process "
+        f"{_gb(needs.process_bytes)})"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
