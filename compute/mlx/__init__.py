@@ -1,0 +1,1 @@
+"""The MLX engine: the same decoder as MLX operations, for Apple silicon (and any CPU, slowly)."""
