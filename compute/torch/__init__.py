@@ -1,1 +1,1 @@
-"""The torch engine: the same decoder as torch operations, for CUDA devices."""
+"""The torch engine: every family as torch operations, for CUDA and for what no kernel here runs."""

@@ -1,60 +1,82 @@
-"""The torch engine: one shard on one CUDA device, bf16 weights and cache."""
+"""A stage in torch: loads a rank on a device and runs its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Final, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from compute.engine import Row, check_rows
-from compute.shard import Shard
-from compute.torch.decoder import Decoder, TorchCache
+from compute.errors import OutOfMemory
+from compute.stage import FloatArray, Peers, Progress, Row
+from compute.torch.cache import Cache
+from compute.torch.decoder import Decoder
+from compute.torch.step import Step
 from compute.torch.weights import load_weights
 from models.checkpoint import Checkpoint
+from models.footprint import footprint
+from models.sharding import RankShard
 
-Floats = npt.NDArray[np.float32]
 
+class TorchStage:
+    """A :class:`compute.stage.Stage` made of torch operations, for every family.
 
-class TorchEngine:
-    """An :class:`compute.engine.Engine` made of torch operations.
-
-    Rows run one after the other with the shapes they have alone, so a token does not depend on
-    the batch it rode in. How a prompt is cut into chunks can change its last bits.
+    On CUDA weights, activations and cache are bfloat16; the residual, norms, rotation, routing
+    and softmax are float32. There all multiplications have one of two fixed numbers of rows, so
+    that a token's bits do not depend on the others of its step (see ``Blocks``); on a CPU, where
+    each row costs time, a step's rows are multiplied together and company can change last bits.
     """
 
+    kernels: Final = "torch"
+
     def __init__(
-        self, decoder: Decoder, *, context_tokens: int, num_slots: int, device: torch.device
+        self,
+        decoder: Decoder,
+        *,
+        context_tokens: int,
+        num_slots: int,
+        threads: int,
+        device: torch.device,
+        padded: bool,
+        workspace_bytes: int,
     ) -> None:
-        self.spec = decoder.spec
-        self.context_tokens = context_tokens
-        self.num_slots = num_slots
+        self.spec, self.shard = decoder.spec, decoder.shard
+        self.context_tokens, self.num_slots = context_tokens, num_slots
         self.device = f"{device.type}:{device.index or 0}"
-        self._decoder, self._device = decoder, device
+        self.weights_bytes = decoder.weights.memory_bytes
+        self.kv_bytes = decoder.cache.memory_bytes
+        self.workspace_bytes = workspace_bytes
+        self._decoder: Decoder | None = decoder
+        self._device, self._threads, self._padded = device, threads, padded
 
     @classmethod
     def load(
         cls,
         checkpoint: Checkpoint,
+        shard: RankShard,
         *,
         context_tokens: int,
         num_slots: int,
+        threads: int,
         device: str,
-        on_progress: Callable[[int, int], None],
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> TorchEngine:
-        """Load a checkpoint.
+        on_progress: Progress,
+        dtype: torch.dtype | None = None,
+    ) -> TorchStage:
+        """Load one rank's slice of a checkpoint.
 
         Args:
-            checkpoint: of any format; weights are dequantised to ``dtype``.
-            context_tokens, num_slots, on_progress: as in ``load_engine``.
+            checkpoint, shard, context_tokens, num_slots, threads, on_progress: as in
+                ``compute.stage.load_stage``.
             device: a torch device.
-            dtype: of weights, activations and cache; norms, rotation and softmax are float32.
+            dtype: of weights, activations and cache. None: bfloat16 on CUDA. On a CPU float32,
+                but weights stored in 16 bits are kept so and widened as they are multiplied,
+                which halves their memory for about twice the time.
 
         Raises:
-            UnsupportedModel: an architecture that the decoder does not run.
+            models.errors.CorruptModel: a tensor cannot be read.
+            compute.errors.OutOfMemory: no room.
             ValueError: there is no such device.
         """
         where = torch.device(device)
@@ -62,53 +84,108 @@ class TorchEngine:
             raise ValueError(
                 f"no device {device}: torch sees {torch.cuda.device_count()} CUDA devices"
             )
-        spec, shard = checkpoint.spec, Shard.whole(checkpoint.spec)
-        weights = load_weights(
+        on_cpu = where.type == "cpu"
+        if on_cpu:
+            torch.set_num_threads(threads)
+        compute = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        expected = footprint(
+            checkpoint.spec,
             checkpoint,
             shard,
-            context_tokens=context_tokens,
-            device=where,
-            dtype=dtype,
-            on_progress=on_progress,
-        )
-        cache = TorchCache(
-            spec,
-            shard,
+            kernels="torch",
+            device=where.type,
             context_tokens=context_tokens,
             num_slots=num_slots,
-            device=where,
-            dtype=dtype,
+            threads=threads,
         )
-        decoder = Decoder(spec, shard, weights, cache)
-        return cls(decoder, context_tokens=context_tokens, num_slots=num_slots, device=where)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and key/value memory; torch's own workspace is not counted."""
-        return self._decoder.weights.memory_bytes + self._decoder.cache.memory_bytes
+        try:
+            weights = load_weights(
+                checkpoint,
+                shard,
+                device=where,
+                compute=compute,
+                storage=None if on_cpu and dtype is None else compute,
+                on_progress=on_progress,
+            )
+            cache = Cache(
+                checkpoint.spec,
+                shard,
+                context_tokens=context_tokens,
+                num_slots=num_slots,
+                device=where,
+                dtype=compute,
+            )
+        except (MemoryError, RuntimeError) as exc:
+            if not _is_memory(exc):
+                raise
+            need_bytes = expected.weights_bytes + expected.kv_bytes
+            raise OutOfMemory("a rank's weights, keys and values", need_bytes) from exc
+        return cls(
+            Decoder(checkpoint.spec, shard, weights, cache, compute),
+            context_tokens=context_tokens,
+            num_slots=num_slots,
+            threads=threads,
+            device=where,
+            padded=not on_cpu,
+            workspace_bytes=expected.workspace_bytes,
+        )
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> Floats:
-        """See :meth:`compute.engine.Engine.forward`."""
-        check_rows(
-            rows,
-            num_slots=self.num_slots,
-            context_tokens=self.context_tokens,
-            vocab_size=self.spec.vocab_size,
-        )
-        decoder, logits = self._decoder, []
-        for row in rows:
-            x_LD = decoder.embed(torch.tensor(row.ids, device=self._device))
-            for index in range(len(decoder.weights.layers)):
-                x_LD = decoder.layer(index, x_LD, row.slot, row.start)
-            if row.want_logits:
-                logits.append(decoder.output(x_LD[-1:]))
-        if not logits:
+    def run(
+        self, rows: Sequence[Row], incoming: FloatArray | None, peers: Peers | None
+    ) -> FloatArray:
+        """See :meth:`compute.stage.Stage.run`."""
+        decoder = self._decoder
+        if decoder is None:
+            raise ValueError("this stage has been closed")
+        if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)  # counts for the calling thread alone
+        last = self.shard.is_last(self.spec)
+        if not rows:
+            return np.empty((0, self.spec.vocab_size if last else self.spec.hidden_size), "f4")
+        step = Step(rows, device=self._device, padded=self._padded)
+
+        def total(share: Tensor) -> Tensor:
+            if peers is None:
+                return share
+            if share.device.type != "cpu":
+                return cast(Tensor, peers.sum(share.contiguous()))
+            return torch.from_numpy(peers.sum(share.contiguous().numpy()))
+
+        if incoming is None:
+            x_ND = decoder.embed(step, total)
+        else:
+            ordered = incoming if step.order is None else incoming[step.order]
+            x_ND = torch.tensor(ordered, device=self._device)
+        for index in range(len(self.shard.layers)):
+            x_ND = decoder.layer(index, x_ND, step, total)
+        if not last:
+            return _back(cast(FloatArray, x_ND.cpu().numpy()), step)
+        if len(step.ends) == 0:
             return np.empty((0, self.spec.vocab_size), dtype=np.float32)
-        return cast(Floats, torch.cat(logits).cpu().numpy())
+        part = decoder.output(x_ND, step)
+        if peers is None:
+            return cast(FloatArray, part.cpu().numpy())
+        if part.device.type == "cpu":
+            whole: FloatArray = np.concatenate(peers.gather(part.numpy()), axis=1)
+            return whole
+        return cast(FloatArray, torch.cat(peers.gather(part), dim=1).cpu().numpy())
 
     def close(self) -> None:
-        """Give the device's memory back."""
-        del self._decoder
+        """Give the device's memory back; a second call does nothing."""
+        self._decoder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _back(x: FloatArray, step: Step) -> FloatArray:
+    """The residual in the order of the caller's rows."""
+    if step.order is None:
+        return x
+    out = np.empty_like(x)
+    out[step.order] = x
+    return out
+
+
+def _is_memory(exc: Exception) -> bool:
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(exc)

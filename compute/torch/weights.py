@@ -1,179 +1,286 @@
-"""Reads one shard of a checkpoint into torch tensors on a device."""
+"""Reads one rank's slice of a checkpoint into torch tensors on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compute.shard import Shard
+from compute.torch.linear import Linear
 from models.checkpoint import Checkpoint
-from models.errors import UnsupportedModel
-from models.rope import inverse_frequencies
-from models.spec import RopeSpec
+from models.plans import EMBEDDING, slices_of
+from models.sharding import RankShard
 
-ALL = slice(None)
+HALVES: Final = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A projection: weight (out, in), and a bias (out,) or None."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadWeights:
+    """Ordinary attention: queries, keys and values of this rank's heads in one projection."""
 
-    weight: Tensor
-    bias: Tensor | None
+    qkv: Linear
+    output: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentWeights:
+    """Latent attention.
+
+    Attributes:
+        q_down, q_down_norm: to the query's own latent; None where queries take one step.
+        query: to the queries of this rank's heads.
+        down, down_norm: to the latent vector and the rotated key part, whole on every rank.
+        up: (heads, nope + value, latent), from the latent vector to keys and values.
+        output: of this rank's heads.
+    """
+
+    q_down: Linear | None
+    q_down_norm: Tensor | None
+    query: Linear
+    down: Linear
+    down_norm: Tensor
+    up: Tensor
+    output: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpWeights:
+    """This rank's inner features: gate over up in one projection, and down."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """Experts of a layer.
+
+    Attributes:
+        router: float32 (all experts, hidden).
+        score_bias: float32 (all experts,), or None.
+        gate_up, down: (experts here, 2 * inner, hidden) and (experts here, hidden, inner).
+        shared: the MLP that is always active, or None.
+    """
+
+    router: Linear
+    score_bias: Tensor | None
+    gate_up: Tensor
+    down: Tensor
+    shared: MlpWeights | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer's part of a shard; norms are float32 with the spec's offset added."""
+    """One layer's part of a rank; norms are float32 with the spec's offset added."""
 
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    gate: Linear
-    up: Linear
-    down: Linear
+    attention: HeadWeights | LatentWeights
+    mlp: MlpWeights | ExpertWeights
     attention_norm: Tensor
     attention_post_norm: Tensor | None
     mlp_norm: Tensor
     mlp_post_norm: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    rope: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchWeights:
-    """A whole shard; embedding, final norm and output are empty where it does not have them."""
+    """All of a rank.
 
-    embedding: Tensor
+    Attributes:
+        embedding: rows ``shard.embedding``; None behind the first stage.
+        final_norm, output: rows ``shard.vocab``; None before the last stage.
+    """
+
+    embedding: Tensor | None
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
-    output: Tensor
+    final_norm: Tensor | None
+    output: Linear | None
     memory_bytes: int
 
 
 def load_weights(
     checkpoint: Checkpoint,
-    shard: Shard,
+    shard: RankShard,
     *,
-    context_tokens: int,
     device: torch.device,
-    dtype: torch.dtype,
+    compute: torch.dtype,
+    storage: torch.dtype | None,
     on_progress: Callable[[int, int], None],
 ) -> TorchWeights:
-    """Dequantise a shard's weights to ``dtype`` on ``device``, one tensor at a time.
+    """Read what the shard's plan names, some rows of one tensor at a time, and nothing else.
 
-    Raises:
-        UnsupportedModel: an architecture that the decoder does not run.
+    Args:
+        compute: of activations; biases are kept so.
+        storage: of matrices; None keeps those stored in 16 bits as they are, the others in
+            ``compute``.
+        on_progress: told ``(done, total)`` bytes of the slice as stored.
     """
-    spec = checkpoint.spec
-    if spec.experts is not None:
-        raise UnsupportedModel(checkpoint.path, "mixture-of-experts layers on the torch engine")
-    if spec.latent is not None:
-        raise UnsupportedModel(checkpoint.path, "latent attention on the torch engine")
-    loader = _Loader(checkpoint, context_tokens, device, dtype, on_progress)
-    layers = tuple(loader.layer(shard, layer) for layer in shard.layers)
-    empty = torch.empty(0, device=device, dtype=dtype)
-    first, last = shard.is_first(), shard.is_last(spec)
-    embedding = empty
-    if first or (last and spec.tied_embeddings):
-        embedding = loader.matrix("embed_tokens.weight")
-    output = empty
-    if last:
-        output = embedding if spec.tied_embeddings else loader.matrix("lm_head.weight")
-    final_norm = loader.norm("norm.weight") if last else empty
-    return TorchWeights(
-        embedding=embedding,
-        layers=layers,
-        final_norm=final_norm,
-        output=output,
-        memory_bytes=loader.memory_bytes,
-    )
+    return _Loader(checkpoint, shard, device, compute, storage, on_progress).all()
 
 
 class _Loader:
-    """Walks a checkpoint once and counts the bytes."""
+    """Walks a slice once and counts the bytes."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        context_tokens: int,
+        shard: RankShard,
         device: torch.device,
-        dtype: torch.dtype,
+        compute: torch.dtype,
+        storage: torch.dtype | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        self._checkpoint, self._spec = checkpoint, checkpoint.spec
-        self._context_tokens, self._device, self._dtype = context_tokens, device, dtype
+        self._checkpoint, self._spec, self._shard = checkpoint, checkpoint.spec, shard
+        self._device, self._compute, self._storage = device, compute, storage
         self._on_progress = on_progress
-        self._names = frozenset(checkpoint.names())
-        self._total_bytes = sum(checkpoint.tensor(name).size_bytes for name in self._names)
-        self._done_bytes = 0
-        self._ropes: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
-        self.memory_bytes = 0
+        self._slices = slices_of(checkpoint.spec, shard)
+        self._done_bytes, self._memory_bytes = 0, 0
+        self._total_bytes = sum(self._stored_bytes(name) for name in self._slices)
         on_progress(0, self._total_bytes)
 
-    def layer(self, shard: Shard, layer: int) -> LayerWeights:
-        """One layer's weights."""
-        spec, prefix = self._spec, f"layers.{layer}."
-        queries, keys, inner = shard.queries(spec), shard.keys(spec), shard.inner()
-        after = self.norm(f"{prefix}post_attention_layernorm.weight")
-        posts = spec.post_norms
-        return LayerWeights(
-            q=self._linear(f"{prefix}self_attn.q_proj", queries, ALL),
-            k=self._linear(f"{prefix}self_attn.k_proj", keys, ALL),
-            v=self._linear(f"{prefix}self_attn.v_proj", keys, ALL),
-            o=self._linear(f"{prefix}self_attn.o_proj", ALL, queries),
-            gate=self._linear(f"{prefix}mlp.gate_proj", inner, ALL),
-            up=self._linear(f"{prefix}mlp.up_proj", inner, ALL),
-            down=self._linear(f"{prefix}mlp.down_proj", ALL, inner),
-            attention_norm=self.norm(f"{prefix}input_layernorm.weight"),
-            attention_post_norm=after if posts else None,
-            mlp_norm=self.norm(f"{prefix}pre_feedforward_layernorm.weight") if posts else after,
-            mlp_post_norm=(
-                self.norm(f"{prefix}post_feedforward_layernorm.weight") if posts else None
-            ),
-            q_norm=self.norm(f"{prefix}self_attn.q_norm.weight") if spec.qk_norm else None,
-            k_norm=self.norm(f"{prefix}self_attn.k_norm.weight") if spec.qk_norm else None,
-            rope=self._rope(spec.rope_of(layer)),
+    def all(self) -> TorchWeights:
+        shard = self._shard
+        layers = tuple(self._layer(f"layers.{layer}") for layer in shard.layers)
+        embedding, output = None, None
+        if EMBEDDING in self._slices:
+            start, table = self._slices[EMBEDDING][0].start, self._matrix(EMBEDDING)
+            if shard.is_first():
+                embedding = _rows(table, shard.embedding, start)
+            if shard.is_last(self._spec) and self._spec.tied_embeddings:
+                output = Linear(_rows(table, shard.vocab, start))
+        if "lm_head.weight" in self._slices:
+            output = Linear(self._matrix("lm_head.weight"))
+        return TorchWeights(
+            embedding=embedding,
+            layers=layers,
+            final_norm=self._norm("norm") if shard.is_last(self._spec) else None,
+            output=output,
+            memory_bytes=self._memory_bytes,
         )
 
-    def matrix(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """A dequantised matrix, or the part of it that a shard keeps."""
+    def _layer(self, at: str) -> LayerWeights:
+        behind, post = "post_attention_layernorm", self._spec.post_norms
+        return LayerWeights(
+            attention=self._heads(f"{at}.self_attn")
+            if self._spec.latent is None
+            else self._latent(f"{at}.self_attn"),
+            mlp=self._experts(f"{at}.mlp")
+            if f"{at}.mlp.gate.weight" in self._slices
+            else self._mlp(f"{at}.mlp"),
+            attention_norm=self._norm(f"{at}.input_layernorm"),
+            attention_post_norm=self._norm(f"{at}.{behind}") if post else None,
+            mlp_norm=self._norm(f"{at}.{'pre_feedforward_layernorm' if post else behind}"),
+            mlp_post_norm=self._norm(f"{at}.post_feedforward_layernorm") if post else None,
+        )
+
+    def _heads(self, at: str) -> HeadWeights:
+        norms = self._spec.qk_norm
+        return HeadWeights(
+            qkv=self._linear(f"{at}.q_proj", f"{at}.k_proj", f"{at}.v_proj"),
+            output=self._linear(f"{at}.o_proj"),
+            q_norm=self._norm(f"{at}.q_norm") if norms else None,
+            k_norm=self._norm(f"{at}.k_norm") if norms else None,
+        )
+
+    def _latent(self, at: str) -> LatentWeights:
+        latent = self._spec.latent
+        assert latent is not None
+        down = latent.q_rank is not None
+        # taken apart by head and multiplied by head: kept in the type that multiplies
+        up = self._matrix(f"{at}.kv_b_proj.weight", dtype=self._compute)
+        return LatentWeights(
+            q_down=self._linear(f"{at}.q_a_proj") if down else None,
+            q_down_norm=self._norm(f"{at}.q_a_layernorm") if down else None,
+            query=self._linear(f"{at}.q_b_proj" if down else f"{at}.q_proj"),
+            down=self._linear(f"{at}.kv_a_proj_with_mqa"),
+            down_norm=self._norm(f"{at}.kv_a_layernorm"),
+            up=up.view(-1, latent.nope_dim + latent.v_dim, latent.kv_rank),
+            output=self._linear(f"{at}.o_proj"),
+        )
+
+    def _mlp(self, at: str) -> MlpWeights:
+        return MlpWeights(
+            gate_up=self._linear(f"{at}.gate_proj", f"{at}.up_proj"),
+            down=self._linear(f"{at}.down_proj"),
+        )
+
+    def _experts(self, at: str) -> ExpertWeights:
+        bias, router = f"{at}.gate.e_score_correction_bias", f"{at}.gate.weight"
+        each = [f"{at}.experts.{number}" for number in self._shard.experts]
+        halves = [f"{name}.{part}_proj.weight" for name in each for part in ("gate", "up")]
+        gate_up = self._matrix(*halves)
+        down = self._matrix(*(f"{name}.down_proj.weight" for name in each))
+        shared = f"{at}.shared_experts"
+        return ExpertWeights(
+            router=Linear(self._matrix(router, dtype=torch.float32)),
+            score_bias=self._vector([bias]) if bias in self._slices else None,
+            gate_up=gate_up.view(len(each), -1, self._spec.hidden_size),
+            down=down.view(len(each), self._spec.hidden_size, -1),
+            shared=self._mlp(shared) if f"{shared}.down_proj.weight" in self._slices else None,
+        )
+
+    def _linear(self, *modules: str) -> Linear:
+        """One projection, or several of the same input behind each other."""
+        biases = [name for module in modules if (name := f"{module}.bias") in self._slices]
+        weight = self._matrix(*(f"{module}.weight" for module in modules))
+        return Linear(weight, self._vector(biases).to(self._compute) if biases else None)
+
+    def _norm(self, module: str) -> Tensor:
+        """A norm's factor, with the spec's offset."""
+        return self._vector([f"{module}.weight"]) + self._spec.norm_offset
+
+    def _vector(self, names: Sequence[str]) -> Tensor:
+        """Float32 vectors behind each other."""
+        parts = []
+        for name in names:
+            weight = self._checkpoint.tensor(name)
+            parts.append(torch.from_numpy(weight.dequantize(*self._slices[name])))
+            self._read(name)
+        whole = torch.cat(parts).to(self._device)
+        self._memory_bytes += whole.nbytes
+        return whole
+
+    def _matrix(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The rank's part of one matrix, or of several above each other: (rows, columns)."""
+        rows = [self._slices[name][0] for name in names]
+        columns = self._slices[names[0]][1]
+        height = sum(part.stop - part.start for part in rows)
+        whole = torch.empty(
+            (height, columns.stop - columns.start),
+            dtype=dtype or self._kept_as(names),
+            device=self._device,
+        )
+        at = 0
+        for name, part in zip(names, rows, strict=True):
+            weight = self._checkpoint.tensor(name)
+            for some in weight.chunks(part):
+                values = torch.from_numpy(weight.dequantize(some, columns))
+                whole[at : at + len(values)].copy_(values)
+                at += len(values)
+            self._read(name)
+        self._memory_bytes += whole.nbytes
+        return whole
+
+    def _kept_as(self, names: Sequence[str]) -> torch.dtype:
+        if self._storage is not None:
+            return self._storage
+        kinds = {self._checkpoint.tensor(name).kind for name in names}
+        return HALVES.get(kinds.pop(), self._compute) if len(kinds) == 1 else self._compute
+
+    def _stored_bytes(self, name: str) -> int:
         weight = self._checkpoint.tensor(name)
-        values = torch.from_numpy(weight.dequantize(rows, columns))
-        return self._keep(values.to(self._device, self._dtype), weight.size_bytes)
+        part = [kept.stop - kept.start for kept in self._slices[name]]
+        return int(weight.size_bytes * (np.prod(part) / np.prod(weight.shape)))
 
-    def norm(self, name: str) -> Tensor:
-        """A norm's weight in float32 with the spec's offset."""
-        weight = self._checkpoint.tensor(name)
-        values = torch.from_numpy(weight.dequantize() + np.float32(self._spec.norm_offset))
-        return self._keep(values.to(self._device), weight.size_bytes)
-
-    def _linear(self, name: str, rows: slice, columns: slice) -> Linear:
-        weight, bias = self.matrix(f"{name}.weight", rows, columns), None
-        # A bias of a partial sum is added once: by the rank that has the first inputs.
-        if f"{name}.bias" in self._names and not columns.start:
-            stored = self._checkpoint.tensor(f"{name}.bias")
-            values = torch.from_numpy(stored.dequantize(rows))
-            bias = self._keep(values.to(self._device, self._dtype), stored.size_bytes)
-        return Linear(weight, bias)
-
-    def _rope(self, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-        if rope not in self._ropes:
-            frequencies, factor = inverse_frequencies(rope)
-            positions = torch.arange(self._context_tokens, dtype=torch.float32)
-            angles = positions[:, None] * torch.from_numpy(frequencies)
-            tables = (angles.cos() * factor, angles.sin() * factor)
-            self._ropes[rope] = (tables[0].to(self._device), tables[1].to(self._device))
-        return self._ropes[rope]
-
-    def _keep(self, tensor: Tensor, stored_bytes: int) -> Tensor:
-        self.memory_bytes += tensor.numel() * tensor.element_size()
-        self._done_bytes += stored_bytes
+    def _read(self, name: str) -> None:
+        self._done_bytes += self._stored_bytes(name)
         self._on_progress(self._done_bytes, self._total_bytes)
-        return tensor
+
+
+def _rows(table: Tensor, kept: range, start: int) -> Tensor:
+    return table[kept.start - start : kept.stop - start]
