@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Crew:
-    """Calls a function on several threads at once: the caller's and ``num_threads - 1`` helpers.
+    """Threads beside the caller's, which call a function when woken and sleep in between.
 
     The function must release the interpreter lock, and must itself wait until every thread has
-    left what they share; so no call waits here, and helpers sleep between calls.
+    left what they share; so no call waits here.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -24,12 +24,11 @@ class Crew:
         for helper in self._helpers:
             helper.start()
 
-    def run(self, task: Callable[[int], None]) -> None:
-        """Call ``task(thread)`` for every thread, 0 on the caller's."""
+    def wake(self, task: Callable[[int], None]) -> None:
+        """Call ``task(thread)`` on every helper, from 1; the caller, thread 0, does its own."""
         self._task = task
         for wake in self._wake:
             wake.release()
-        task(0)
 
     def close(self) -> None:
         """End the helpers; a second call does nothing."""

@@ -1,6 +1,6 @@
 """The decoder as phases that several threads share: embedding, half layers, output.
 
-A half (attention or MLP) reads the residual and leaves its output in ``PARTIAL``; the next half
+A half (attention or MLP) reads the residual and leaves its output in ``PARTIAL``; the next part
 adds it to the residual. Between the two an all-reduce may stand: where a shard holds only some
 heads and some of the inner features, ``PARTIAL`` is its share of a sum.
 """
@@ -16,7 +16,7 @@ from compute.cpu.attention import attend, feature, load_index, place_row, sum_of
 from compute.cpu.jit import entry, inner
 from compute.cpu.layout import BF16, BLOCK_BYTES, F16, F32, Q4_BYTES, Q4H, Q8_BYTES, Q8H, Q8S
 from compute.cpu.matmul import UNPACKED_BYTES, multiply_tile
-from compute.cpu.sync import fetch_add, finish, join, take, wait
+from compute.cpu.sync import fetch_add, finish, is_open, join, take, wait
 from compute.cpu.vector import (
     add,
     div,
@@ -72,9 +72,11 @@ def _element(kind: Any, matrix: Any, groups: Any, row: Any, column: Any) -> Any:
 def _embed_row(step: Any, dims: Any, reals: Any, table: Any, row: Any) -> None:
     rows = step[t.NUM_ROWS]
     token = load_index(step[t.TOKENS], row)
+    is_here = dims[t.EMBEDDING_START] <= token < dims[t.EMBEDDING_STOP]
+    token -= dims[t.EMBEDDING_START]
     for i in range((dims[t.HIDDEN] + 31) // 32 * 32):
         value = ZERO
-        if i < dims[t.HIDDEN]:
+        if is_here and i < dims[t.HIDDEN]:
             value = _element(table[t.KIND], table[t.ADDRESS], table[t.GROUPS], token, i)
         store_one(feature(step[t.RESIDUAL], rows, row, i), value * reals[t.EMBEDDING_SCALE])
 
@@ -95,6 +97,23 @@ def _scale_of(base: Any, rows: Any, row: Any, dims: Any, eps: Any) -> Any:
 
 
 @inner
+def _add_row(step: Any, dims: Any, reals: Any, row: Any, post_norm: Any) -> None:
+    """Add the half before to a row's residual."""
+    rows = step[t.NUM_ROWS]
+    residual = step[t.RESIDUAL]
+    partial = step[t.PARTIAL]
+    post = splat(ONE)
+    if post_norm:
+        post = splat(_scale_of(partial, rows, row, dims, reals[t.EPS]))
+    for i in range(0, dims[t.HIDDEN], 16):
+        at = feature(residual, rows, row, i)
+        v = load(feature(partial, rows, row, i))
+        if post_norm:
+            v = mul(mul(v, post), load(post_norm + i * 4))
+        store(at, add(load(at), v))
+
+
+@inner
 def _settle_row(
     step: Any,
     dims: Any,
@@ -109,17 +128,8 @@ def _settle_row(
     """Add the half before to a row's residual; write its norm as row ``out`` of X."""
     rows = step[t.NUM_ROWS]
     residual = step[t.RESIDUAL]
-    partial = step[t.PARTIAL]
     if adds:
-        post = splat(ONE)
-        if post_norm:
-            post = splat(_scale_of(partial, rows, row, dims, reals[t.EPS]))
-        for i in range(0, dims[t.HIDDEN], 16):
-            at = feature(residual, rows, row, i)
-            v = load(feature(partial, rows, row, i))
-            if post_norm:
-                v = mul(mul(v, post), load(post_norm + i * 4))
-            store(at, add(load(at), v))
+        _add_row(step, dims, reals, row, post_norm)
     scale = splat(_scale_of(residual, rows, row, dims, reals[t.EPS]))
     for i in range(0, (dims[t.HIDDEN] + 31) // 32 * 32, 16):
         v = mul(mul(load(feature(residual, rows, row, i)), scale), load(norm + i * 4))
@@ -299,7 +309,6 @@ def _mlp_half(
     matrices: Any,
     layers: Any,
     layer: Any,
-    adds: Any,
     phase: Any,
     scratch: Any,
 ) -> None:
@@ -308,7 +317,7 @@ def _mlp_half(
     counters = step[t.COUNTERS]
     base = layer * t.MATRICES_A_LAYER
     post_norm = layers[layer, t.ATTENTION_POST_NORM]
-    _settle(step, dims, reals, adds, post_norm, layers[layer, t.MLP_NORM], phase)
+    _settle(step, dims, reals, 1, post_norm, layers[layer, t.MLP_NORM], phase)
     tiles = matrices[base + t.GATE, t.TILES]
     chunk = _chunk(tiles, rows, step[t.NUM_THREADS])
     items = (tiles + chunk - 1) // chunk
@@ -338,7 +347,6 @@ def _output(
     reals: Any,
     matrices: Any,
     layers: Any,
-    adds: Any,
     phase: Any,
     scratch: Any,
 ) -> None:
@@ -350,7 +358,7 @@ def _output(
     item = take(counters, phase)
     while item < num_out:
         row = load_index(step[t.OUT_ROWS], item)
-        _settle_row(step, dims, reals, row, adds, post_norm, dims[t.FINAL_NORM], item, num_out)
+        _settle_row(step, dims, reals, row, 1, post_norm, dims[t.FINAL_NORM], item, num_out)
         finish(counters, phase)
         item = take(counters, phase)
     join(counters, phase, num_out)
@@ -359,39 +367,93 @@ def _output(
     _product(step, matrix, step[t.X], step[t.X_SUMS], logits, num_out, phase + 1, scratch)
 
 
+@inner
+def _embed(step: Any, dims: Any, reals: Any, matrices: Any, phase: Any) -> None:
+    """Phase: a row of the embedding for each token."""
+    rows = step[t.NUM_ROWS]
+    table = matrices[dims[t.NUM_LAYERS] * t.MATRICES_A_LAYER + t.EMBEDDING]
+    row = take(step[t.COUNTERS], phase)
+    while row < rows:
+        _embed_row(step, dims, reals, table, row)
+        finish(step[t.COUNTERS], phase)
+        row = take(step[t.COUNTERS], phase)
+    join(step[t.COUNTERS], phase, rows)
+
+
+@inner
+def _hand_on(step: Any, dims: Any, reals: Any, layers: Any, phase: Any) -> None:
+    """Phase: the last half joins the residual, as the next layer's norm would have it."""
+    rows = step[t.NUM_ROWS]
+    post_norm = layers[dims[t.NUM_LAYERS] - 1, t.MLP_POST_NORM]
+    row = take(step[t.COUNTERS], phase)
+    while row < rows:
+        _add_row(step, dims, reals, row, post_norm)
+        finish(step[t.COUNTERS], phase)
+        row = take(step[t.COUNTERS], phase)
+    join(step[t.COUNTERS], phase, rows)
+
+
+@inner
+def _part(
+    step: Any,
+    dims: Any,
+    reals: Any,
+    matrices: Any,
+    layers: Any,
+    part: Any,
+    scratch: Any,
+) -> None:
+    num_layers = dims[t.NUM_LAYERS]
+    if part == 0:
+        if dims[t.IS_FIRST]:
+            _embed(step, dims, reals, matrices, 0)
+        return
+    layer = (part - 1) // 2
+    phase = t.EMBED_PHASES + layer * t.PHASES_A_LAYER
+    if layer == num_layers:
+        if not dims[t.IS_LAST]:
+            _hand_on(step, dims, reals, layers, phase)
+        elif step[t.NUM_OUT] > 0:
+            _output(step, dims, reals, matrices, layers, phase, scratch)
+    elif part % 2:
+        adds = np.int64(layer > 0)  # before the first half there is nothing to add
+        _attention_half(step, dims, reals, matrices, layers, layer, adds, phase, scratch)
+    else:
+        phase += t.ATTENTION_PHASES
+        _mlp_half(step, dims, reals, matrices, layers, layer, phase, scratch)
+
+
 @entry
-def run_step(step: Any, dims: Any, reals: Any, matrices: Any, layers: Any, thread: Any) -> None:
-    """One thread's part of a step; thread 0 returns when all of it is done.
+def run_step(
+    step: Any,
+    dims: Any,
+    reals: Any,
+    matrices: Any,
+    layers: Any,
+    first: Any,
+    last: Any,
+    thread: Any,
+) -> None:
+    """One thread's share of some parts of a step.
+
+    Thread 0 returns when these parts are done; between its calls others' shares of a sum may be
+    added. Helper threads make one call for the whole step and wait for parts to be opened.
 
     Args:
         step, dims, reals, matrices, layers: see ``tables``.
-        thread: 0 to ``NUM_THREADS`` - 1; every one of them must make the call.
+        first, last: parts, ``last`` not included; 0 is the embedding, 1 the first half.
+        thread: 0 to ``NUM_THREADS`` - 1; every one of them must take part in the step.
     """
     scratch = step[t.SCRATCH] + thread * step[t.SCRATCH_BYTES]
-    phase = np.int64(0)
-    if step[t.DO_EMBED]:
-        rows = step[t.NUM_ROWS]
-        table = matrices[dims[t.NUM_LAYERS] * t.MATRICES_A_LAYER + t.EMBEDDING]
-        row = take(step[t.COUNTERS], phase)
-        while row < rows:
-            _embed_row(step, dims, reals, table, row)
-            finish(step[t.COUNTERS], phase)
-            row = take(step[t.COUNTERS], phase)
-        join(step[t.COUNTERS], phase, rows)
-        phase += 1
-    for half in range(step[t.FIRST_HALF], step[t.LAST_HALF]):
-        layer = half // 2
-        adds = np.int64(half > 0)  # before the first half there is nothing to add
-        if half % 2 == 0:
-            _attention_half(step, dims, reals, matrices, layers, layer, adds, phase, scratch)
-            phase += 5
-        else:
-            _mlp_half(step, dims, reals, matrices, layers, layer, adds, phase, scratch)
-            phase += 3
-    if step[t.DO_OUTPUT] and step[t.NUM_OUT] > 0:
-        adds = np.int64(1)
-        _output(step, dims, reals, matrices, layers, adds, phase, scratch)
     if thread:
+        for part in range(first, last):
+            if not is_open(step[t.OPEN], part):
+                break
+            _part(step, dims, reals, matrices, layers, part, scratch)
         fetch_add(step[t.EXITS], 1)
-    else:
+        return
+    fetch_add(step[t.OPEN], last - first)
+    for part in range(first, last):
+        _part(step, dims, reals, matrices, layers, part, scratch)
+    if last == 2 * dims[t.NUM_LAYERS] + 2:
         wait(step[t.EXITS], step[t.NUM_THREADS] - 1)

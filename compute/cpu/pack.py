@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from compute.cpu import layout
 from compute.cpu.layout import GROUP, TILE, padded
-from compute.cpu.stored import TAKE_APART
+from compute.cpu.stored import LAYOUTS, TAKE_APART
 from compute.errors import OutOfMemory
 from models.checkpoint import Weight
 from models.quant import KINDS
@@ -55,7 +55,7 @@ class Packed:
 def pack(
     weight: Weight, rows: slice = ALL, columns: slice = ALL, *, arena: Arena | None = None
 ) -> Packed:
-    """Pack a part of a matrix.
+    """Pack a part of a matrix, some rows at a time, and give the file's pages back.
 
     Args:
         weight: a matrix of any kind that ``models`` reads.
@@ -63,20 +63,29 @@ def pack(
         columns: inputs to keep. A quantised weight stays quantised if both ends are multiples of
             32; else it becomes float32, which takes more memory and holds the same numbers.
         arena: where to lay it; one of its own by default.
+
+    Raises:
+        OutOfMemory: no room.
     """
     arena = arena or Arena()
-    num_rows, num_columns = len(range(*rows.indices(weight.shape[0]))), weight.shape[1]
-    start, stop, _ = columns.indices(num_columns)
-    if weight.kind in TAKE_APART and start % GROUP == 0 and stop % GROUP == 0:
-        return _pack_quantised(arena, weight, rows, start, stop)
-    kind, values = _dense(weight, rows, columns)
-    wide = np.zeros((padded(num_rows), padded(stop - start)), dtype=values.dtype)
-    wide[:num_rows, : stop - start] = values
-    data = _empty(arena, kind, wide.shape[0] // TILE, wide.shape[1] // GROUP)
-    view = data.view(values.dtype).reshape(*data.shape[:2], GROUP, TILE)
-    tiled = wide.reshape(data.shape[0], TILE, data.shape[1], GROUP)
-    view[...] = tiled.transpose(0, 2, 3, 1)
+    first, last, _ = rows.indices(weight.shape[0])
+    start, stop, _ = columns.indices(weight.shape[1])
+    kind = kind_of(weight.kind, start, stop)
+    fill = _fill_dense if kind in (layout.F32, layout.F16, layout.BF16) else _fill_quantised
+    num_rows = max(0, last - first)
+    tiles, groups = padded(num_rows) // TILE, padded(stop - start) // GROUP
+    data = _empty(arena, kind, tiles, groups)
+    for some in weight.chunks(slice(first, last), multiple=TILE):
+        at, end = (some.start - first) // TILE, -(-(some.stop - first) // TILE)
+        fill(data[at:end], weight, some, slice(start, stop))
     return Packed(kind, data, num_rows, stop - start)
+
+
+def kind_of(stored: str, start: int, stop: int) -> int:
+    """The ``layout`` kind of inputs ``start`` to ``stop`` of a weight in a storage format."""
+    if stored in TAKE_APART and start % GROUP == 0 and stop % GROUP == 0:
+        return LAYOUTS[stored]
+    return {"BF16": layout.BF16, "F16": layout.F16}.get(stored, layout.F32)
 
 
 def vector(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -84,14 +93,6 @@ def vector(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     out = np.zeros(padded(values.shape[0]), dtype=np.float32)
     out[: values.shape[0]] = values
     return out
-
-
-def _dense(weight: Weight, rows: slice, columns: slice) -> tuple[int, Array]:
-    if weight.kind == "BF16":
-        return layout.BF16, weight.packed(rows).view(np.uint16)[:, columns]
-    if weight.kind == "F16":
-        return layout.F16, weight.packed(rows).view(np.uint16)[:, columns]
-    return layout.F32, weight.dequantize(rows, columns)
 
 
 class Arena:
@@ -133,18 +134,33 @@ def _tiled(stored: Array) -> Array:
     return stored.reshape(-1, TILE, *stored.shape[1:])
 
 
-def _pack_quantised(arena: Arena, weight: Weight, rows: slice, start: int, stop: int) -> Packed:
+def _fill_dense(data: Bytes, weight: Weight, rows: slice, columns: slice) -> None:
+    """Pack rows of a weight of plain numbers, or of one that is taken as such, into tiles."""
+    values: Array
+    if weight.kind in ("BF16", "F16"):
+        values = weight.packed(rows, columns).view(np.uint16)
+    else:
+        values = weight.dequantize(rows, columns)
+    num_rows, num_columns = values.shape
+    view = data.view(values.dtype).reshape(*data.shape[:2], GROUP, TILE)
+    if num_rows % TILE or num_columns % GROUP:
+        wide = np.zeros((len(data) * TILE, data.shape[1] * GROUP), dtype=values.dtype)
+        wide[:num_rows, :num_columns] = values
+        values = wide
+    tiled = values.reshape(len(data), TILE, data.shape[1], GROUP)
+    view[...] = tiled.transpose(0, 2, 3, 1)
+
+
+def _fill_quantised(data: Bytes, weight: Weight, rows: slice, columns: slice) -> None:
+    """Pack rows of blocks into tiles; the columns are whole groups."""
     block = KINDS[weight.kind]
-    packed = weight.packed(rows)
-    stored = packed.reshape(packed.shape[0], -1, block.block_bytes)
-    first, last = start // block.block_size, -(-stop // block.block_size)
-    parts = TAKE_APART[weight.kind](stored[:, first:last])
-    groups = slice(
-        (start - first * block.block_size) // GROUP, (stop - first * block.block_size) // GROUP
-    )
+    size, start = block.block_size, int(columns.start)
+    first, last = start // size * size, min(-(-int(columns.stop) // size) * size, weight.shape[1])
+    stored = weight.packed(rows, slice(first, last))
+    parts = TAKE_APART[weight.kind](stored.reshape(len(stored), -1, block.block_bytes))
+    groups = slice((start - first) // GROUP, (int(columns.stop) - first) // GROUP)
     tiled = _tiled(parts.numbers[:, groups])
     tiles, _, num_groups, size = tiled.shape
-    data = _empty(arena, parts.kind, tiles, num_groups)
     at = size * TILE
     data[..., :at].reshape(tiles, num_groups, size, TILE)[...] = tiled.transpose(0, 2, 3, 1)
     for factor in parts.factors:
@@ -153,4 +169,3 @@ def _pack_quantised(arena: Arena, weight: Weight, rows: slice, start: int, stop:
         by_group = np.ascontiguousarray(tiled.transpose(0, 2, 1))
         data[..., at : at + size] = by_group.view(np.uint8)
         at += size
-    return Packed(parts.kind, data, packed.shape[0], stop - start)

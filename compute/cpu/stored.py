@@ -167,3 +167,9 @@ TAKE_APART: dict[str, Callable[[Bytes], Parts]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+LAYOUTS: dict[str, int] = {
+    **dict.fromkeys(("Q4_0", "Q4_K"), layout.Q4S),
+    "Q4_1": layout.Q4H,
+    **dict.fromkeys(("Q5_0", "Q8_0"), layout.Q8H),
+    **dict.fromkeys(("Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K"), layout.Q8S),
+}

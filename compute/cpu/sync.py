@@ -64,6 +64,19 @@ def wait(address: Any, count: Any) -> None:
 
 
 @inner
+def is_open(address: Any, number: Any) -> Any:
+    """Wait until the counter at an address is beyond ``number``; false once it is below 0."""
+    spins = 0
+    count = read(address)
+    while 0 <= count <= number:
+        spins += 1
+        if spins > _SPINS_BEFORE_YIELD:
+            _give_way(0)
+        count = read(address)
+    return count > number
+
+
+@inner
 def join(counters: Any, phase: Any, num_items: Any) -> None:
     """Return when all items of a phase are done."""
     wait(counters + phase * PHASE_BYTES + PHASE_BYTES // 2, num_items)

@@ -13,8 +13,12 @@ from __future__ import annotations
     ROPE_DIM,
     USES_GELU,
     FINAL_NORM,
+    IS_FIRST,  # has the embedding
+    IS_LAST,  # has the output layer
+    EMBEDDING_START,  # tokens whose embedding is here; others give zeros
+    EMBEDDING_STOP,
     NUM_DIMS,
-) = range(9)
+) = range(13)
 
 # reals: float32, one model
 EPS, EMBEDDING_SCALE, ATTENTION_SCALE, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, NUM_REALS = range(6)
@@ -39,15 +43,12 @@ ADDRESS, KIND, TILES, GROUPS, BIAS, FUNCTION, NUM_COLUMNS = range(7)
 
 # step: int64, one call
 (
-    FIRST_HALF,  # a layer is two halves: attention, MLP
-    LAST_HALF,  # not included
-    DO_EMBED,
-    DO_OUTPUT,
     NUM_ROWS,
     NUM_RUNS,
     NUM_OUT,
     NUM_THREADS,
     COUNTERS,
+    OPEN,  # a counter: parts that helper threads may begin; below 0, they leave
     EXITS,  # a counter: helper threads that left the step
     TOKENS,  # int64 (rows,)
     SLOTS,
@@ -75,10 +76,12 @@ ADDRESS, KIND, TILES, GROUPS, BIAS, FUNCTION, NUM_COLUMNS = range(7)
     PAGES_A_SLOT,
     PAGE_BYTES,
     NUM_STEP,
-) = range(36)
+) = range(33)
 
 RUN_ROWS = 8
 PAGE_TOKENS = 64
 MAX_ROWS = 256  # rows in one call of a kernel
-PHASES_A_LAYER = 8
-PHASES_BESIDE_LAYERS = 3
+
+# A step is parts: the embedding, two halves a layer, the end. A part is phases, numbered through.
+ATTENTION_PHASES, MLP_PHASES, EMBED_PHASES, END_PHASES = 5, 3, 1, 2
+PHASES_A_LAYER = ATTENTION_PHASES + MLP_PHASES

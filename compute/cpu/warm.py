@@ -17,7 +17,7 @@ from compute.cpu.matmul import tile_function
 
 _LONGS = numba.int64[::1]
 _TABLE = numba.int64[:, ::1]
-STEP_SIGNATURE = (_LONGS, _LONGS, numba.float32[::1], _TABLE, _TABLE, numba.int64)
+STEP_SIGNATURE = (_LONGS, _LONGS, numba.float32[::1], _TABLE, _TABLE, *(numba.int64,) * 3)
 
 
 def warm_up(kinds: Iterable[int] = (Q4H, Q8H)) -> None:

@@ -1,4 +1,4 @@
-"""Reads one shard of a checkpoint into the tables that the kernels use."""
+"""Reads one rank's slice of a checkpoint into the tables that the kernels use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from compute.cpu import tables as t
 from compute.cpu.matmul import tile_function
-from compute.cpu.pack import ALL, Arena, Packed, pack, vector
-from compute.shard import Shard
+from compute.cpu.pack import Arena, Packed, pack, vector
 from models.checkpoint import Checkpoint
 from models.errors import UnsupportedModel
+from models.plans import EMBEDDING, slices_of
 from models.rope import inverse_frequencies
+from models.sharding import RankShard
 from models.spec import ModelSpec, RopeSpec
 
 Longs = npt.NDArray[np.int64]
@@ -33,7 +34,7 @@ _NAMES = (
 
 @dataclass(slots=True)
 class Weights:
-    """A shard's weights and the tables with their addresses; keeps both alive."""
+    """A rank's weights and the tables with their addresses; keeps both alive."""
 
     dims: Longs
     reals: Floats
@@ -41,35 +42,54 @@ class Weights:
     layers: Longs
     packed: list[Packed] = field(default_factory=list)
     vectors: list[Floats] = field(default_factory=list)
+    positions: list[Floats] = field(default_factory=list)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of all weights and tables."""
+    def weights_bytes(self) -> int:
+        """Bytes of all weights."""
         return sum(p.data.nbytes for p in self.packed) + sum(v.nbytes for v in self.vectors)
+
+    @property
+    def tables_bytes(self) -> int:
+        """Bytes of what is made for positions, not read."""
+        return sum(table.nbytes for table in self.positions)
+
+
+def _lacking(spec: ModelSpec) -> str | None:
+    if spec.experts is not None:
+        return "mixture-of-experts layers"
+    if spec.latent is not None:
+        return "multi-head latent attention"
+    if spec.head_dim % 16:
+        return f"head_dim {spec.head_dim}, not a multiple of 16,"
+    return None
+
+
+def is_supported(spec: ModelSpec) -> bool:
+    """Whether the kernels run an architecture."""
+    return _lacking(spec) is None
 
 
 def check_supported(spec: ModelSpec, path: Path) -> None:
     """Raise UnsupportedModel, naming what, for an architecture that the kernels do not run."""
-    if spec.experts is not None:
-        raise UnsupportedModel(path, "mixture-of-experts layers on the CPU engine")
-    if spec.latent is not None:
-        raise UnsupportedModel(path, "multi-head latent attention on the CPU engine")
-    if spec.head_dim % 16:
-        raise UnsupportedModel(path, f"head_dim {spec.head_dim}, not a multiple of 16")
+    lacking = _lacking(spec)
+    if lacking is not None:
+        raise UnsupportedModel(path, f"{lacking} in the compiled kernels")
 
 
 def load_weights(
     checkpoint: Checkpoint,
-    shard: Shard,
+    shard: RankShard,
     *,
     context_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> Weights:
-    """Pack a shard's weights, one tensor at a time.
+    """Pack a rank's slice, one tensor at a time; pages of the file are given back at once.
 
     Raises:
         UnsupportedModel: see :func:`check_supported`.
         CorruptModel: a tensor cannot be read.
+        OutOfMemory: no room.
     """
     spec = checkpoint.spec
     check_supported(spec, checkpoint.path)
@@ -85,67 +105,78 @@ def load_weights(
 
 
 class _Loader:
-    """Walks a checkpoint once."""
+    """Walks a rank's slice once."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        shard: Shard,
+        shard: RankShard,
         weights: Weights,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._checkpoint, self._spec, self._shard = checkpoint, checkpoint.spec, shard
         self._weights, self._on_progress = weights, on_progress
-        self._names = frozenset(checkpoint.names())
+        self._parts = slices_of(checkpoint.spec, shard)
         self._arena = Arena()
         self._done_bytes = 0
-        self._total_bytes = sum(checkpoint.tensor(name).size_bytes for name in self._names)
+        self._total_bytes = sum(self._size_bytes(name) for name in self._parts)
 
     def load(self, context_tokens: int) -> None:
         weights, spec, shard = self._weights, self._spec, self._shard
-        dims, reals = weights.dims, weights.reals
-        dims[t.HIDDEN], dims[t.HEAD_DIM] = spec.hidden_size, spec.head_dim
-        dims[t.NUM_KV_HEADS] = len(shard.kv_heads)
-        dims[t.NUM_HEADS] = len(shard.kv_heads) * (spec.num_heads // spec.num_kv_heads)
-        dims[t.NUM_LAYERS], dims[t.ROPE_DIM] = len(shard.layers), spec.rope.dim
-        dims[t.USES_GELU] = spec.activation == "gelu_tanh"
-        reals[t.EPS], reals[t.EMBEDDING_SCALE] = spec.norm_eps, spec.embedding_scale
-        reals[t.ATTENTION_SCALE] = spec.attention_scale
-        reals[t.ATTENTION_SOFTCAP] = spec.attention_softcap or 0
-        reals[t.LOGIT_SOFTCAP] = spec.logit_softcap or 0
+        self._describe()
         ropes: dict[RopeSpec, int] = {}
         self._on_progress(0, self._total_bytes)
         for row, layer in enumerate(shard.layers):
             rope = spec.rope_of(layer)
             if rope not in ropes:
-                ropes[rope] = self._keep(rope_table(rope, context_tokens).reshape(-1))
+                weights.positions.append(rope_table(rope, context_tokens).reshape(-1))
+                ropes[rope] = weights.positions[-1].ctypes.data
             weights.layers[row, t.ROPE] = ropes[rope]
             weights.layers[row, t.WINDOW] = spec.windows[layer] or 0
             self._layer(row, f"layers.{layer}.")
-        ends = weights.matrices[len(shard.layers) * t.MATRICES_A_LAYER :]
-        last = shard.is_last(spec)
-        if shard.is_first() or (last and spec.tied_embeddings):
-            ends[t.EMBEDDING] = self._matrix("embed_tokens", ALL, ALL)
+        self._ends()
+        self._checkpoint.release()
+        assert not self._parts, f"not read: {sorted(self._parts)}"
+
+    def _describe(self) -> None:
+        spec, shard = self._spec, self._shard
+        dims, reals = self._weights.dims, self._weights.reals
+        dims[t.HIDDEN], dims[t.HEAD_DIM] = spec.hidden_size, spec.head_dim
+        dims[t.NUM_KV_HEADS], dims[t.NUM_HEADS] = len(shard.kv_heads), len(shard.query_heads)
+        dims[t.NUM_LAYERS], dims[t.ROPE_DIM] = len(shard.layers), spec.rope.dim
+        dims[t.USES_GELU] = spec.activation == "gelu_tanh"
+        dims[t.IS_FIRST], dims[t.IS_LAST] = shard.is_first(), shard.is_last(spec)
+        dims[t.EMBEDDING_START] = shard.embedding.start
+        dims[t.EMBEDDING_STOP] = shard.embedding.stop
+        reals[t.EPS], reals[t.EMBEDDING_SCALE] = spec.norm_eps, spec.embedding_scale
+        reals[t.ATTENTION_SCALE] = spec.attention_scale
+        reals[t.ATTENTION_SOFTCAP] = spec.attention_softcap or 0
+
+    def _ends(self) -> None:
+        spec, shard = self._spec, self._shard
+        ends = self._weights.matrices[len(shard.layers) * t.MATRICES_A_LAYER :]
+        last, tied = shard.is_last(spec), spec.tied_embeddings
         if last:
-            dims[t.FINAL_NORM] = self._norm("norm.weight")
-            tied = spec.tied_embeddings
-            ends[t.OUTPUT] = ends[t.EMBEDDING] if tied else self._matrix("lm_head", ALL, ALL)
-        self._on_progress(self._total_bytes, self._total_bytes)
+            self._weights.dims[t.FINAL_NORM] = self._norm("norm.weight")
+        if last and not tied:
+            ends[t.OUTPUT] = self._matrix("lm_head")
+        both = shard.is_first() and last and tied
+        if both and shard.embedding != shard.vocab:
+            # either use has rows of its own; what both have is kept twice
+            columns = self._parts[EMBEDDING][1]
+            ends[t.EMBEDDING] = self._pack(EMBEDDING, _rows(shard.embedding), columns)
+            ends[t.OUTPUT] = self._matrix("embed_tokens", _rows(shard.vocab))
+        elif both:
+            ends[t.EMBEDDING] = ends[t.OUTPUT] = self._matrix("embed_tokens")
+        elif shard.is_first():
+            ends[t.EMBEDDING] = self._matrix("embed_tokens")
+        elif last and tied:
+            ends[t.OUTPUT] = self._matrix("embed_tokens")
 
     def _layer(self, row: int, prefix: str) -> None:
-        spec, shard, info = self._spec, self._shard, self._weights.layers[row]
-        queries, keys, inner = shard.queries(spec), shard.keys(spec), shard.inner()
-        cuts = {
-            t.Q: (queries, ALL),
-            t.K: (keys, ALL),
-            t.V: (keys, ALL),
-            t.O: (ALL, queries),
-            t.GATE: (inner, ALL),
-            t.UP: (inner, ALL),
-            t.DOWN: (ALL, inner),
-        }
-        for role, (rows, columns) in cuts.items():
-            entry = self._matrix(prefix + _NAMES[role], rows, columns)
+        spec, info = self._spec, self._weights.layers[row]
+        for role, name in enumerate(_NAMES):
+            entry = self._matrix(prefix + name)
             self._weights.matrices[row * t.MATRICES_A_LAYER + role] = entry
         info[t.ATTENTION_NORM] = self._norm(f"{prefix}input_layernorm.weight")
         after = self._norm(f"{prefix}post_attention_layernorm.weight")
@@ -159,33 +190,51 @@ class _Loader:
             info[t.Q_NORM] = self._norm(f"{prefix}self_attn.q_norm.weight")
             info[t.K_NORM] = self._norm(f"{prefix}self_attn.k_norm.weight")
 
-    def _matrix(self, name: str, rows: slice, columns: slice) -> tuple[int, ...]:
-        weight = self._checkpoint.tensor(f"{name}.weight")
+    def _matrix(self, name: str, rows: slice | None = None) -> tuple[int, ...]:
+        """A matrix with its bias, by the plan's slices; ``rows`` narrows them."""
+        size_bytes = self._size_bytes(f"{name}.weight")
+        kept, columns = self._parts.pop(f"{name}.weight")
+        entry = self._pack(f"{name}.weight", kept if rows is None else rows, columns)
+        self._progress(size_bytes)
+        bias = 0
+        if f"{name}.bias" in self._parts:  # a bias of a sum: on one rank alone
+            bias = self._vector(f"{name}.bias")
+        return (*entry[: t.BIAS], bias, *entry[t.BIAS + 1 :])
+
+    def _pack(self, name: str, rows: slice, columns: slice) -> tuple[int, ...]:
+        weight = self._checkpoint.tensor(name)
         packed = pack(weight, rows, columns, arena=self._arena)
         self._weights.packed.append(packed)
-        self._step(weight.size_bytes)
-        bias = 0
-        # A bias of a partial sum is added once: by the rank that has the first inputs.
-        if f"{name}.bias" in self._names and not columns.start:
-            stored = self._checkpoint.tensor(f"{name}.bias")
-            bias = self._keep(vector(stored.dequantize(rows)))
-            self._step(stored.size_bytes)
         function = tile_function(packed.kind)
-        return (packed.address, packed.kind, packed.tiles, packed.groups, bias, function)
+        return (packed.address, packed.kind, packed.tiles, packed.groups, 0, function)
 
     def _norm(self, name: str) -> int:
-        weight = self._checkpoint.tensor(name)
-        self._step(weight.size_bytes)
-        values = weight.dequantize() + np.float32(self._spec.norm_offset)
-        return self._keep(vector(values))
+        return self._vector(name, self._spec.norm_offset)
 
-    def _keep(self, values: Floats) -> int:
+    def _vector(self, name: str, offset: float = 0.0) -> int:
+        """Address of a bias or a norm's weights."""
+        size_bytes = self._size_bytes(name)
+        (kept,) = self._parts.pop(name)
+        values = vector(self._checkpoint.tensor(name).dequantize(kept) + np.float32(offset))
         self._weights.vectors.append(values)
+        self._progress(size_bytes)
         return values.ctypes.data
 
-    def _step(self, size_bytes: int) -> None:
+    def _size_bytes(self, name: str) -> int:
+        """Bytes of the file that belong to the slice of a tensor."""
+        weight = self._checkpoint.tensor(name)
+        size = weight.size_bytes
+        for part, full in zip(self._parts[name], weight.shape, strict=True):
+            size = size * (part.stop - part.start) // full
+        return size
+
+    def _progress(self, size_bytes: int) -> None:
         self._done_bytes += size_bytes
         self._on_progress(self._done_bytes, self._total_bytes)
+
+
+def _rows(kept: range) -> slice:
+    return slice(kept.start, kept.stop)
 
 
 def rope_table(rope: RopeSpec, context_tokens: int) -> Floats:

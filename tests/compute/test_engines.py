@@ -11,12 +11,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from compute.cpu import tables as t
-from compute.cpu.engine import CpuEngine
-from compute.engine import Engine, Row, load_engine
-from compute.shard import Shard
-from compute.torch.engine import TorchEngine
+from compute.engine import Row, StageEngine, load_engine
+from compute.stage import MAX_POSITIONS
+from compute.torch.engine import TorchStage
 from models.checkpoint import open_checkpoint
+from models.mesh import whole
 from tests.compute.oracle import ask
 
 Floats = npt.NDArray[np.float32]
@@ -88,22 +87,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in cases}
 
 
-def on_cpu(path: Path) -> Engine:
+def on_cpu(path: Path) -> StageEngine:
     return load_engine(path, context_tokens=160, num_slots=4, threads=2, device="cpu")
 
 
-def on_torch(path: Path) -> Engine:
-    return TorchEngine.load(
-        open_checkpoint(path),
+def on_torch(path: Path) -> StageEngine:
+    checkpoint = open_checkpoint(path)
+    stage = TorchStage.load(
+        checkpoint,
+        whole(checkpoint.spec),
         context_tokens=160,
         num_slots=4,
+        threads=1,
         device="cpu",
         on_progress=lambda done, total: None,
-        dtype=torch.float32,
     )
+    return StageEngine(stage)
 
 
-def logits_of(engine: Engine, ids: list[int], *, slot: int = 0, start: int = 0) -> Floats:
+def logits_of(engine: StageEngine, ids: list[int], *, slot: int = 0, start: int = 0) -> Floats:
     """Logits after every position from ``start``, one token at a time: float32 (n, vocab)."""
     rows = [Row(slot, (token_id,), start + n) for n, token_id in enumerate(ids[start:])]
     return np.concatenate([engine.forward([row]) for row in rows])
@@ -119,7 +121,7 @@ def error(found: Floats, expected: Floats) -> float:
 @pytest.mark.parametrize("load", [on_cpu, on_torch])
 @pytest.mark.parametrize("name", [*CASES, *STORED])
 def test_logits_are_those_of_transformers(
-    folders: dict[str, Path], name: str, load: Callable[[Path], Engine]
+    folders: dict[str, Path], name: str, load: Callable[[Path], StageEngine]
 ) -> None:
     engine = load(folders[name])
     with np.load(folders[name] / "logits.npz") as saved:
@@ -136,7 +138,7 @@ def test_logits_are_those_of_transformers(
 
 
 @pytest.fixture
-def cpu_llama(folders: dict[str, Path]) -> Iterator[Engine]:
+def cpu_llama(folders: dict[str, Path]) -> Iterator[StageEngine]:
     engine = on_cpu(folders["llama"])
     yield engine
     engine.close()
@@ -145,7 +147,7 @@ def cpu_llama(folders: dict[str, Path]) -> Iterator[Engine]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_row_is_the_same_bits_in_any_company_chunking_and_thread_count(
-    folders: dict[str, Path], cpu_llama: Engine
+    folders: dict[str, Path], cpu_llama: StageEngine
 ) -> None:
     ids = sequences()[2]
     alone = logits_of(cpu_llama, ids)[-1]
@@ -164,45 +166,10 @@ def test_a_row_is_the_same_bits_in_any_company_chunking_and_thread_count(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["llama_bias", "qwen2", "llama_bf16"])
-def test_halves_of_two_shards_sum_to_the_whole(folders: dict[str, Path], name: str) -> None:
-    """The seam where an all-reduce will stand: partial outputs of two ranks, added by hand."""
-    checkpoint = open_checkpoint(folders[name])
-    whole = Shard.whole(checkpoint.spec)
-    ids = tuple(sequences()[1])
-    expected = on_cpu(folders[name]).forward([Row(0, ids, 0)])
-    cuts = ((range(1), range(64)), (range(1, 2), range(64, 112)))
-    ranks = [
-        CpuEngine.load(
-            checkpoint,
-            context_tokens=160,
-            num_slots=1,
-            threads=1,
-            on_progress=lambda done, total: None,
-            shard=Shard(layers=whole.layers, kv_heads=heads, ffn=ffn),
-        )
-        for heads, ffn in cuts
-    ]
-    for rank in ranks:
-        rank.begin([Row(0, ids, 0)])
-    for half in range(2 * len(whole.layers)):
-        for rank in ranks:
-            rank.run_half(half)
-        total = np.sum([rank.partial() for rank in ranks], axis=0)
-        for rank in ranks:
-            rank.partial()[...] = total
-    found = ranks[0].finish()
-    for rank in ranks:
-        rank.close()
-    assert error(found, expected) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_long_steps_run_in_parts(cpu_llama: Engine) -> None:
+def test_long_steps_run_in_parts(cpu_llama: StageEngine) -> None:
     ids = sequences()[2]
     rows = [Row(slot, tuple(ids), 0, want_logits=slot != 1) for slot in range(4)]
-    assert sum(len(row.ids) for row in rows) > t.MAX_ROWS
+    assert sum(len(row.ids) for row in rows) > MAX_POSITIONS
     logits = cpu_llama.forward(rows)
     assert logits.shape == (3, VOCAB)
     assert np.array_equal(logits[0], logits[1])
@@ -222,7 +189,7 @@ def test_long_steps_run_in_parts(cpu_llama: Engine) -> None:
         ([Row(0, (-1,), 0)], "token ids must be"),
     ],
 )
-def test_wrong_rows_are_refused(cpu_llama: Engine, rows: list[Row], message: str) -> None:
+def test_wrong_rows_are_refused(cpu_llama: StageEngine, rows: list[Row], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cpu_llama.forward(rows)
     assert cpu_llama.forward([]).shape == (0, VOCAB)

@@ -66,6 +66,11 @@ def count_items(counters: Any, tally: Any, phases: Any, items: Any) -> None:
         sync.join(counters, phase, items)
 
 
+@entry
+def may_begin(counter: Any, part: Any) -> Any:
+    return sync.is_open(counter, part)
+
+
 def weight(kind: str, rows: int = 70, columns: int = COLUMNS) -> Weight:
     if kind in ("F32", "F16", "BF16"):
         wide = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
@@ -203,6 +208,22 @@ def test_phases_run_every_item_once_and_in_order(num_threads: int, phases: int, 
     assert (tally == items).all()
 
 
+def test_helpers_wait_for_parts_to_be_opened_and_leave_when_told() -> None:
+    counter = np.zeros(1, dtype=np.int64)
+    told: list[bool] = []
+    helper = threading.Thread(
+        target=lambda: told.extend(may_begin(counter.ctypes.data, part) for part in range(3))
+    )
+    helper.start()
+    counter[0] = 2
+    counter[0] = -1
+    helper.join(timeout=30)
+    assert not helper.is_alive()
+    assert told[-1] is False
+    counter[0] = 3
+    assert all(may_begin(counter.ctypes.data, part) for part in range(3))
+
+
 def test_a_crew_calls_every_thread_and_closes_twice() -> None:
     crew = Crew(3)
     for _ in range(20):
@@ -214,7 +235,8 @@ def test_a_crew_calls_every_thread_and_closes_twice() -> None:
             seen.append(thread)  # noqa: B023  # read before the next turn
             everybody.wait()
 
-        crew.run(task)
+        crew.wake(task)
+        task(0)
         assert sorted(seen) == [0, 1, 2]
     crew.close()
     crew.close()
