@@ -135,6 +135,38 @@ def estimate(
     )
 
 
+class Sized(Protocol):
+    """What is asked of a tensor: its size in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole tensor."""
+        ...
+
+
+class SizedTensors(Protocol):
+    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
+
+    def tensor(self, name: str) -> Sized:
+        """One weight by canonical name."""
+        ...
+
+
+def stored_bytes(spec: ModelSpec, checkpoint: SizedTensors, shard: RankShard) -> int:
+    """Bytes that a rank's slice takes in the file; a cut block counts by its part."""
+    total = 0
+    for name, part in slices_of(spec, shard).items():
+        weight = checkpoint.tensor(name)
+        kept = math.prod(int(cut.stop - cut.start) for cut in part)
+        total += weight.size_bytes * kept // math.prod(weight.shape)
+    return total
+
+
 def kv_elements(spec: ModelSpec, shard: RankShard, *, latent_cached: bool = True) -> int:
     """Numbers that a rank remembers of each token, over its layers.
 
