@@ -16,8 +16,6 @@ from compute.cpu.layout import GROUP
 from compute.mlx.pack import BITS, Affine, affine, can_pack
 from models.checkpoint import Weight
 
-CHUNK_WEIGHTS = 4 << 20  # taken apart at once, so that loading needs little beside the result
-
 
 class Matrix(Protocol):
     """One matrix (O, I), or the same one of several experts (X, O, I)."""
@@ -170,13 +168,11 @@ def _load(
 
     def pieces() -> Iterator[tuple[int, Weight, slice]]:
         """Where each piece goes, and what it is."""
-        step, at = max(1, CHUNK_WEIGHTS // max(1, wide)), 0
+        at = 0
         for weight in weights:
-            for row in range(start, stop, step):
-                part = slice(row, min(row + step, stop))
+            for part in weight.chunks(slice(start, stop)):
                 yield at, weight, part
                 at += part.stop - part.start
-            weight.release()
 
     def shaped(array: mx.array) -> mx.array:
         if stack:

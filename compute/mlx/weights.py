@@ -97,6 +97,7 @@ class _Loader:
         if shard.is_first():
             assert embedding is not None
             embedding = self._rows_of(embedding, shard.embedding)
+        self._checkpoint.release()
         return Weights(
             embedding=embedding if shard.is_first() else None,
             layers=layers,
@@ -152,11 +153,11 @@ class _Loader:
         name = f"{prefix}kv_b_proj.weight"
         weight = self._checkpoint.tensor(name)
         expand = mx.array(weight.dequantize(*self._slices[name])).astype(self._dtype)
-        weight.release()
         expand = expand.reshape(-1, latent.nope_dim + latent.v_dim, latent.kv_rank)
         to_keys = mx.contiguous(expand[:, : latent.nope_dim])
         to_values = mx.contiguous(expand[:, latent.nope_dim :].swapaxes(1, 2))
         mx.eval(to_keys, to_values)
+        weight.release()
         self._count(name, to_keys.nbytes + to_values.nbytes)
         return LatentAttention(
             spec=self._spec,
