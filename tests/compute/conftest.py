@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,11 @@ def light_ranks(all_ranks: tuple[Ranks, Ranks], request: pytest.FixtureRequest) 
     yield all_ranks[1]
     if request.node.stash.get(FAILED, False):
         all_ranks[1].close()
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model of every family with transformers' logits, see ``tests.compute.families``."""
+    from tests.compute.families import make
+
+    return make(tmp_path_factory.mktemp("families"))

@@ -52,11 +52,19 @@ def random_model(request: dict[str, Any]) -> str:
             spread = 0.3 if parameter.dim() == 1 else 2.0 / parameter.shape[-1] ** 0.5
             centre = 1.0 if "norm" in name and "gemma" not in request["config"]["model_type"] else 0
             parameter.copy_(centre + spread * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     dtype = getattr(torch, request.get("dtype", "float32"))
     model.to(dtype).save_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    # Caps of attention scores: only its plain attention knows them, and its Gemma 3 forgets to ask.
+    cap = request["config"].get("attn_logit_softcapping")
+    extra = {} if cap is None else {"softcap": cap}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager" if cap else "sdpa"
+    )
     with torch.inference_mode():
-        logits = [model(torch.tensor([row])).logits[0].numpy() for row in request["ids"]]
+        logits = [model(torch.tensor([row]), **extra).logits[0].numpy() for row in request["ids"]]
     np.savez(folder / "logits.npz", *logits)
     return str(folder)
 
