@@ -53,11 +53,11 @@ def decode_rows(body: bytes) -> list[Row]:
         raise ValueError(f"an order of {len(body)} bytes")
     words = np.frombuffer(body, dtype="<i8").tolist()
     count, at = words[0], 1
+    if not 0 <= 4 * count < len(words):
+        raise ValueError(f"an order of {count} rows in {len(words)} words")
     facts = [words[at + 4 * i : at + 4 * i + 4] for i in range(count)]
     at += 4 * count
-    if any(len(fact) < 4 or fact[3] < 0 for fact in facts):
-        raise ValueError(f"an order of {count} rows in {len(words)} words")
-    if at + sum(fact[3] for fact in facts) != len(words):
+    if any(fact[3] < 0 for fact in facts) or at + sum(fact[3] for fact in facts) != len(words):
         raise ValueError(f"an order of {count} rows does not fill its {len(words)} words")
     rows = []
     for slot, start, want, length in facts:
