@@ -108,10 +108,13 @@ class LoadOptions:
 
     tensor: int | None = None
     pipeline: int | None = None
-    shares: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+    experts: Literal["inside", "across"] | None = None
     engine: Literal["torch", "mlx"] | None = None
     context_tokens: int | None = None
     slots: int | None = None
+    threads: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

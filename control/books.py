@@ -143,14 +143,16 @@ class Books:
             number += 1
         return f"{slug}-{number}"
 
-    def model_of(self, name: str) -> str | None:
-        """Model id behind an instance's id, a loaded model's id or the reference it came by."""
-        record = self.first(lambda r: name in (r.id, r.model, r.wanted.model))
+    def target_of(self, name: str) -> str | None:
+        """What ``route`` takes for an instance's id, a loaded model's id or its reference."""
+        if name in self:
+            return name
+        record = self.first(lambda r: name in (r.model, r.wanted.model))
         return record.model if record else None
 
     def route(self, model: str) -> Served | ComingUp | Failed | Absent:
-        """Who serves ``model``."""
-        mine = [record for record in self if record.model == model]
+        """Who serves ``model``: any of its instances, or the very one that it names."""
+        mine = [record for record in self if model in (record.id, record.model)]
         for record in mine:
             if record.state == "ready" and record.coordinator is not None:
                 return Served(record.id, record.coordinator)

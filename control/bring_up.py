@@ -22,7 +22,8 @@ from control.errors import ControlError
 from control.instance import History, instance_child
 from control.instance_spec import InstanceSpec, RankSpec
 from control.load_options import LoadOptions
-from control.placement import MEMORY, Defaults, Host, Request, decide
+from control.placement import MEMORY, decide
+from control.placement_request import Defaults, Host, Request
 from control.rank import RankLimits
 from models.checkpoint import open_checkpoint
 from models.errors import ModelError
@@ -107,7 +108,7 @@ def _decide(path: Path, plan: Plan) -> InstanceSpec:
         shape=placement.chosen.shape,
         ranks=tuple(
             RankSpec(
-                device=rank.device,
+                device=rank.told,
                 threads=rank.threads,
                 memory_bytes=rank.needs.total_bytes if rank.pool == MEMORY else 0,
                 limit_bytes=rank.limit_bytes,

@@ -15,10 +15,9 @@ from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
-from control import backend, remote_generate
+from control import remote_generate
 from control.cluster_api import ClusterApi
 from control.errors import ControlError
-from control.load_options import LoadOptions
 from control.remote_generate import Options, usage_term
 
 log = logging.getLogger("control.cluster")
@@ -81,6 +80,8 @@ class Cluster(GenServer):
                 return self._spawn(from_, lambda: self._unload(instance))
             case ("swap", old, new):
                 return self._spawn(from_, lambda: self._swap(old, new))
+            case ("place", model):
+                return self._spawn(from_, lambda: self._place(model, {}))
             case ("place", model, dict(options)):
                 return self._spawn(from_, lambda: self._place(model, options))
             case ("pull", model):
@@ -144,8 +145,7 @@ class Cluster(GenServer):
         return (_OK, await self._api.swap(text_of(old), text_of(new)))
 
     async def _place(self, model: Term, options: dict[Any, Term]) -> Term:
-        LoadOptions.from_term(options)
-        return (_OK, await self._api.place(text_of(model), backend.LoadOptions()))
+        return (_OK, await self._api.place_with(text_of(model), options))
 
     # -- generate --------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from models.checkpoint import open_checkpoint
 ASK_S = 5.0
 DESCRIBE_S = 3.0
 LOAD_S = 60.0
+PLACE_S = 25.0
 UNLOAD_S = 120.0
 SWAP_S = 1800.0
 CANARY_S = 10.0
@@ -234,20 +235,21 @@ class ClusterApi:
     # -- orders ----------------------------------------------------------------------------
 
     async def place(self, model: str, options: LoadOptions) -> dict[str, Any]:
-        """Dry run on this machine."""
-        raise Refused("not_supported", "this version runs every model on one rank of this machine")
+        """Dry run: what ``load`` would do, as JSON data."""
+        found: dict[str, Any] = to_json(await self.place_with(model, _given(options)))
+        return found
+
+    async def place_with(self, model: str, options: Mapping[Any, Term]) -> dict[Any, Term]:
+        """``place`` with the options of CONTRACT section 2 as a map. Raises ControlError."""
+        request = (Atom("place"), model, dict(options))
+        found: dict[Any, Term] = _ok(
+            await self._ask("scheduler", request, timeout_s=PLACE_S), model
+        )
+        return found
 
     async def load(self, model: str, options: LoadOptions) -> str:
         """Load a model; the new instance's id."""
-        given = {
-            "tensor": options.tensor,
-            "pipeline": options.pipeline,
-            "shares": list(options.shares) or None,
-            "engine": options.engine,
-            "context": options.context_tokens,
-            "slots": options.slots,
-        }
-        return await self.load_with(model, {Atom(k): v for k, v in given.items() if v is not None})
+        return await self.load_with(model, _given(options))
 
     async def load_with(self, model: str, options: Mapping[Any, Term]) -> str:
         """``load`` with the options of CONTRACT section 2 as a map. Raises ControlError."""
@@ -283,6 +285,22 @@ class ClusterApi:
 
     async def _ask(self, name: str, request: Term, *, timeout_s: float = ASK_S) -> Term:
         return await gen_server.node_call(self.node, Atom(name), request, timeout_s=timeout_s)
+
+
+def _given(options: LoadOptions) -> dict[Any, Term]:
+    """What was said of a shape, under the names that ``load`` and ``place`` know."""
+    given = {
+        "tensor": options.tensor,
+        "pipeline": options.pipeline,
+        "shares": list(options.shares) or None,
+        "experts": options.experts,
+        "engine": options.engine,
+        "context": options.context_tokens,
+        "slots": options.slots,
+        "threads": options.threads,
+        "device": options.device,
+    }
+    return {Atom(name): value for name, value in given.items() if value is not None}
 
 
 def _ok(answer: Term, model: str) -> Term:

@@ -6,12 +6,15 @@ Actual state is what the ports say; this is what it is compared with after a res
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from control.errors import ControlError
 from control.load_options import BadOption, LoadOptions
+
+log = logging.getLogger("control.desired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +85,23 @@ def write_desired(path: Path, desired: Desired) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+class DesiredFile:
+    """The document and its file: what is saved counts at once, even if the disk refuses it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.now = Desired()
+
+    def read(self) -> None:
+        """Take what the file says. Raises BadDesired."""
+        self.now = read_desired(self._path)
+
+    def save(self, desired: Desired) -> None:
+        """Make ``desired`` the document."""
+        self.now = desired
+        try:
+            write_desired(self._path, desired)
+        except OSError as exc:
+            log.error("cannot write %s: %s; the change is lost at a restart", self._path, exc)

@@ -130,16 +130,16 @@ class StoreUnusable(ControlError):
 
 
 class NoPlacement(ControlError):
-    """No machine of the cluster may hold the model; ``why`` has the numbers of every rank."""
+    """No machine of the cluster may hold the model in this shape; ``why`` has every number."""
 
     kind = "no_placement"
 
-    def __init__(self, model: str, why: str) -> None:
-        super().__init__(model, why)
-        self.model, self.why = model, why
+    def __init__(self, model: str, shape: str, why: str) -> None:
+        super().__init__(model, shape, why)
+        self.model, self.shape, self.why = model, shape, why
 
     def __str__(self) -> str:
         return (
-            f"cannot place {self.model} {self.why}. Give it fewer slots or less context, "
-            "pick a smaller quantisation, or raise max_memory."
+            f"cannot place {self.model} as {self.shape}: {self.why}. Give it fewer slots or less "
+            "context, pick a smaller quantisation, or raise max_memory."
         )

@@ -25,7 +25,7 @@ GENERATE_S: Final = 3600.0
 TOKEN_S: Final = 660.0  # `cluster` gives up before, and says why
 
 _NO_OPTIONS: Final = MapPairs(())
-_TEXT_OPTIONS: Final = frozenset({"engine", "device"})
+_TEXT_OPTIONS: Final = frozenset({"engine", "device", "experts"})
 
 
 async def status(me: Process) -> Term:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from control.errors import NoPlacement
-from control.load_options import BadOption, LoadOptions, MeshShape
-from control.machine import Machine
+from control.load_options import BadOption, MeshShape
+from control.placement_request import Host, Request
 from models.errors import ModelError
-from models.footprint import Footprint, footprint, kernels_for
-from models.legal import IllegalShares
+from models.footprint import Footprint, Kernels, footprint, kernels_for
+from models.legal import IllegalShares, check
 from models.mesh import Costs, Units, mesh, units_of, weight_costs
 from models.sharding import RankShard
 from models.spec import ModelSpec
@@ -48,115 +48,21 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """A machine as placement sees it.
-
-    Attributes:
-        name: of its node.
-        limit_bytes: memory that it lends; used_bytes: what other instances take of that.
-        cores: that ranks may use.
-        cuda_bytes: memory of each CUDA device.
-        has_mlx: MLX can be imported; has_metal: and has a GPU.
-    """
-
-    name: str
-    limit_bytes: int
-    used_bytes: int = 0
-    cores: int = 1
-    cuda_bytes: tuple[int, ...] = ()
-    has_mlx: bool = False
-    has_metal: bool = False
-
-
-def host_of(name: str, machine: Machine, used_bytes: int) -> Host:
-    """A machine's reading as placement sees it."""
-    return Host(
-        name=name,
-        limit_bytes=machine.limit_bytes,
-        used_bytes=used_bytes,
-        cores=machine.cores,
-        cuda_bytes=tuple(d.memory_bytes for d in machine.devices if d.kind == "cuda"),
-        has_mlx=machine.has_mlx,
-        has_metal=any(d.kind == "metal" for d in machine.devices),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """For what options leave open; 0 or empty: there is none.
-
-    Attributes:
-        threads: of a rank.
-    """
-
-    context_tokens: int = 0
-    num_slots: int = 4
-    threads: int = 0
-    device: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to place.
-
-    Attributes:
-        model: its id, for texts.
-        shape: None lets placement choose.
-        threads: of a rank; 0 divides the machine's cores.
-        device, engine: empty lets the port choose.
-    """
-
-    model: str
-    shape: MeshShape | None
-    context_tokens: int
-    num_slots: int
-    experts: str = ""
-    engine: str = ""
-    device: str = ""
-    threads: int = 0
-
-    @staticmethod
-    def of(model: str, options: LoadOptions, spec: ModelSpec, defaults: Defaults) -> Request:
-        """Options, and defaults for what they leave open.
-
-        Raises:
-            BadOption: the model cannot do what they ask for.
-        """
-        limit, device = spec.context_length, defaults.device
-        if options.context > limit:
-            raise BadOption(f"context={options.context} is beyond the {limit} tokens of {model}")
-        if options.experts and spec.experts is None:
-            raise BadOption(f"experts={options.experts}: this {spec.family} model has none")
-        if options.engine and device.startswith("mlx") != (options.engine == "mlx"):
-            device = ""  # a default of the other engine
-        return Request(
-            model=model,
-            shape=options.shape(),
-            context_tokens=options.context or min(defaults.context_tokens or limit, limit),
-            num_slots=options.slots or defaults.num_slots,
-            experts=options.experts,
-            engine=options.engine,
-            device=options.device or device,
-            threads=options.threads or defaults.threads,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlace:
     """One rank of a mesh.
 
     Attributes:
+        device: where it would run; told: what its port is told, empty lets it choose.
         pool: the memory it takes of: ``MEMORY``, or that of a CUDA device.
-        device: what the port is told; empty lets it choose. ``kernels`` and ``needs`` are of
-            the device it would choose.
         limit_bytes: what the rank may take: the machine's memory less what the others take; 0
             where that is not known.
     """
 
     node: str
     device: str
+    told: str
     pool: str
-    kernels: str
+    kernels: Kernels
     threads: int
     shard: RankShard
     needs: Footprint
@@ -248,7 +154,9 @@ def _shapes(request: Request, host: Host) -> list[MeshShape]:
 def _with_reason(
     candidate: Candidate, chosen: Candidate | None, request: Request, host: Host
 ) -> Candidate:
-    if candidate.refusal is not None:
+    if isinstance(candidate.refusal, NoPlacement):
+        why = candidate.refusal.why
+    elif candidate.refusal is not None:
         why = str(candidate.refusal)
     elif request.shape is not None:
         why = f"would take {_gb(candidate.total_bytes)}, but {request.shape} was asked for"
@@ -272,54 +180,61 @@ class _Machine:
     ) -> None:
         self.host, self.request, self.spec = host, request, spec
         self.engine = _engine(request, host)
+        self._across = request.experts == "across"
         self._stored: Stored = stored if stored is not None else _Assumed(kind)
         self._units = Units() if stored is None else units_of(spec, stored)
         self._costs: Costs = weight_costs(spec)
 
     def candidate(self, shape: MeshShape) -> Candidate:
         """What each rank of a shape would hold and take."""
+        stages = [sum(stage) for stage in shape.grid]
         try:
+            for stage in shape.grid:  # as mesh checks it, with numbers that are easier to read
+                check(self.spec, stage, [s / min(stages) for s in stages], across=self._across)
             shards = mesh(
                 self.spec,
                 shape.grid,
                 units=self._units,
                 costs=self._costs,
-                experts="across" if self.request.experts == "across" else "inside",
+                experts="across" if self._across else "inside",
                 split_embedding=True,
             )
         except IllegalShares as exc:
             return Candidate(shape=shape, refusal=exc)
-        devices = [self._device(rank, shape.num_ranks) for rank in range(shape.num_ranks)]
+        told = [self._device(rank, shape.num_ranks) for rank in range(shape.num_ranks)]
+        devices = [device or self._likely for device in told]
+        kernels = [kernels_for(self.spec, device) for device in devices]
         threads = self.request.threads or max(1, self.host.cores // shape.num_ranks)
         needs = [
             footprint(
                 self.spec,
                 self._stored,
                 shard,
-                kernels=kernels_for(self.spec, device or self._likely),
-                device=device or self._likely,
+                kernels=kernels[rank],
+                device=devices[rank],
                 context_tokens=self.request.context_tokens,
                 num_slots=self.request.num_slots,
                 threads=threads,
             )
-            for shard, device in zip(shards, devices, strict=True)
+            for rank, shard in enumerate(shards)
         ]
-        pools = [self._pool(device or self._likely) for device in devices]
+        pools = [device if device.startswith("cuda") else MEMORY for device in devices]
         taken: Counter[str] = Counter()
         for pool, need in zip(pools, needs, strict=True):
             taken[pool] += need.total_bytes
         ranks = tuple(
             RankPlace(
                 node=self.host.name,
-                device=device,
-                pool=pool,
-                kernels=kernels_for(self.spec, device or self._likely),
+                device=devices[rank],
+                told=told[rank],
+                pool=pools[rank],
+                kernels=kernels[rank],
                 threads=threads,
                 shard=shard,
-                needs=need,
-                limit_bytes=self._limit(pool, taken[pool] - need.total_bytes),
+                needs=needs[rank],
+                limit_bytes=self._limit(pools[rank], taken[pools[rank]] - needs[rank].total_bytes),
             )
-            for shard, device, need, pool in zip(shards, devices, needs, pools, strict=True)
+            for rank, shard in enumerate(shards)
         )
         for pool, total_bytes in taken.items():
             free = self._free(pool)
@@ -347,10 +262,6 @@ class _Machine:
             return "cpu"  # a port would choose MLX there
         return asked
 
-    def _pool(self, device: str) -> str:
-        """Which memory a device's ranks share."""
-        return device if device.startswith("cuda") else MEMORY
-
     def _free(self, pool: str) -> int | None:
         """Bytes that ranks may take of a memory; None where only the port can know."""
         if pool == MEMORY:
@@ -375,7 +286,7 @@ class _Machine:
         )
         total_bytes = sum(rank.needs.total_bytes for rank in ranks)
         together = f", together {_gb(total_bytes)}" if len(ranks) > 1 else ""
-        return NoPlacement(self.request.model, f"as {shape}: {needs}{together}; {where}")
+        return NoPlacement(self.request.model, str(shape), f"{needs}{together}; {where}")
 
 
 @dataclass(frozen=True, slots=True)

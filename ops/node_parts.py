@@ -13,7 +13,7 @@ from control.cluster_api import ClusterApi
 from control.gateway.process import BoundAddress
 from control.machine import Limits
 from control.model_store import ModelStore
-from control.placement import Defaults
+from control.placement_request import Defaults
 from control.rank import RankLimits
 from models.card import load_cards
 from ops.config import Config, Role

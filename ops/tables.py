@@ -71,11 +71,13 @@ def size(value: object) -> str:
     return decimal(value) if isinstance(value, int) and value > 0 else "-"
 
 
-def _get(key: str) -> Callable[[Record], str]:
+def get(key: str) -> Callable[[Record], str]:
+    """The text of a value."""
     return lambda record: plain(record.get(key))
 
 
-def _size(key: str) -> Callable[[Record], str]:
+def size_of(key: str) -> Callable[[Record], str]:
+    """The text of a number of bytes."""
     return lambda record: size(record.get(key))
 
 
@@ -92,11 +94,14 @@ def _devices(record: Record) -> str:
     )
 
 
-def _half_open(value: object) -> str:
-    return f"{value[0]}..{value[1]}" if isinstance(value, list) and len(value) == 2 else "-"
+def half_open(value: object) -> str:
+    """A range as ``0..30``; ``-`` for none and for an empty one."""
+    full = isinstance(value, list) and len(value) == 2 and value[0] < value[1]
+    return f"{value[0]}..{value[1]}" if full and isinstance(value, list) else "-"
 
 
-def _shape(record: Record) -> str:
+def shape(record: Record) -> str:
+    """How an instance is cut: ``tensor 2x1``."""
     return (
         f"{plain(record.get('strategy'))} "
         f"{plain(record.get('tensor_size'))}x{plain(record.get('pipeline_size'))}"
@@ -117,43 +122,49 @@ def _reason(record: Record) -> str:
 
 
 NODES: Final = (
-    Column("node", _get("name")),
-    Column("state", _get("state"), states=True),
-    Column("roles", _get("roles")),
-    Column("cores", _get("cores"), right=True),
+    Column("node", get("name")),
+    Column("state", get("state"), states=True),
+    Column("roles", get("roles")),
+    Column("cores", get("cores"), right=True),
     Column("free memory", _memory),
     Column("devices", _devices),
-    Column("pid", _get("os_pid"), right=True),
+    Column("pid", get("os_pid"), right=True),
 )
 INSTANCES: Final = (
-    Column("instance", _get("id")),
-    Column("model", _get("model")),
+    Column("instance", get("id")),
+    Column("model", get("model")),
     Column("state", _progress, states=True),
-    Column("shape", _shape),
-    Column("engine", _get("engine")),
-    Column("epoch", _get("epoch"), right=True),
-    Column("restarts", _get("restarts"), right=True),
-    Column("requests", _get("active_requests"), right=True),
+    Column("shape", shape),
+    Column("engine", get("engine")),
+    Column("epoch", get("epoch"), right=True),
+    Column("restarts", get("restarts"), right=True),
+    Column("requests", get("active_requests"), right=True),
 )
 RANKS: Final = (
-    Column("instance", _get("instance")),
-    Column("rank", _get("rank"), right=True),
-    Column("node", _get("node")),
-    Column("pid", _get("os_pid"), right=True),
-    Column("state", _get("state"), states=True),
-    Column("device", _get("device")),
-    Column("layers", lambda r: _half_open(r.get("layers"))),
-    Column("kv heads", lambda r: _half_open(r.get("kv_heads"))),
-    Column("memory", _size("memory_bytes"), right=True),
+    Column("instance", get("instance")),
+    Column("rank", get("rank"), right=True),
+    Column("node", get("node")),
+    Column("pid", get("os_pid"), right=True),
+    Column("state", get("state"), states=True),
+    Column("device", get("device")),
+    Column("kernels", get("kernels")),
+    Column("layers", lambda r: half_open(r.get("layers"))),
+    Column("kv heads", lambda r: half_open(r.get("kv_heads"))),
+    Column("heads", lambda r: half_open(r.get("query_heads"))),
+    Column("ffn", lambda r: half_open(r.get("ffn"))),
+    Column("experts", lambda r: half_open(r.get("experts"))),
+    Column("weights", size_of("weights_bytes"), right=True),
+    Column("kv cache", size_of("kv_bytes"), right=True),
+    Column("memory", size_of("memory_bytes"), right=True),
 )
 MODELS: Final = (
-    Column("model", _get("id")),
-    Column("state", _get("state"), states=True),
-    Column("size", _size("size_bytes"), right=True),
+    Column("model", get("id")),
+    Column("state", get("state"), states=True),
+    Column("size", size_of("size_bytes"), right=True),
     Column("context", lambda r: plain(r.get("context_tokens") or None), right=True),
-    Column("family", _get("family")),
-    Column("licence", _get("license")),
-    Column("other names", _get("aliases")),
+    Column("family", get("family")),
+    Column("licence", get("license")),
+    Column("other names", get("aliases")),
 )
 
 
@@ -183,7 +194,7 @@ def records(title: str, rows: Sequence[Record]) -> RenderableType:
     columns = []
     for key in keys:
         heading = key.removesuffix("_bytes").replace("_", " ")
-        columns.append(Column(heading, _size(key) if key.endswith("_bytes") else _get(key)))
+        columns.append(Column(heading, size_of(key) if key.endswith("_bytes") else get(key)))
     return table(title, columns, rows)
 
 

@@ -33,15 +33,17 @@ from control.election import Election
 from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
+from control.instances import Terms
+from control.lookup import Lookup, Resolved
 from control.machine import Limits, read_machine
 from control.membership import Membership
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
 from control.names import until_free
-from control.placement import Defaults
+from control.placement_request import Defaults
 from control.ports import Ports, StartPort
 from control.rank import RankLimits
-from control.scheduler import Lookup, Resolved, Scheduler
+from control.scheduler import Scheduler
 from control.spec import ChildSpec, ChildType, Strategy, SupSpec
 from models.card import find_card
 
@@ -142,11 +144,13 @@ def _scheduler(p: Parts) -> Scheduler:
     )
     return Scheduler(
         Lookup(resolve=resolve, card_of=card_of),
-        refuse=refuse,
-        machine=partial(read_machine, p.machine_limits),
         desired_path=p.state_dir / "desired.json",
-        defaults=p.defaults,
-        limits=p.rank_limits,
+        terms=Terms(
+            defaults=p.defaults,
+            limits=p.rank_limits,
+            machine=partial(read_machine, p.machine_limits),
+            refuse=refuse,
+        ),
         autoload=p.autoload,
     )
 

@@ -18,7 +18,7 @@ from control.gateway.json_response import Json
 from control.gateway.openai_types import Ask
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Share = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Share = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 KEEP_ALIVE_S = 15.0  # a comment this often shows a feed to be alive where nothing happens
 
 
@@ -29,9 +29,12 @@ class PlaceRequest(Ask):
     tensor: int | None = Field(None, ge=1, le=1024)
     pipeline: int | None = Field(None, ge=1, le=1024)
     shares: list[Share] | None = Field(None, max_length=1024)
+    experts: Literal["inside", "across"] | None = None
     engine: Literal["torch", "mlx"] | None = None
     context: int | None = Field(None, ge=1, le=2**31 - 1)
     slots: int | None = Field(None, ge=1, le=65536)
+    threads: int | None = Field(None, ge=1, le=4096)
+    device: Annotated[str, Field(min_length=1, max_length=16)] | None = None
 
     @property
     def options(self) -> LoadOptions:
@@ -40,9 +43,12 @@ class PlaceRequest(Ask):
             tensor=self.tensor,
             pipeline=self.pipeline,
             shares=tuple(self.shares or ()),
+            experts=self.experts,
             engine=self.engine,
             context_tokens=self.context,
             slots=self.slots,
+            threads=self.threads,
+            device=self.device,
         )
 
 

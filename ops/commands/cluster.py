@@ -9,12 +9,13 @@ from rich.console import RenderableType
 
 from bridge.term import Atom, Term
 from control.json_view import to_json
-from ops import tables
+from ops import placement_table, tables
 from ops.client import Target, ask
 from ops.commands.options import (
     ContextOption,
     DeviceOption,
     EngineOption,
+    ExpertsOption,
     HomeOption,
     JsonOption,
     ModelArgument,
@@ -29,6 +30,7 @@ from ops.commands.options import (
     target,
 )
 from ops.commands.output import show
+from ops.errors import Refused
 
 
 def status(home: HomeOption = None, node: NodeOption = None, json: JsonOption = False) -> None:
@@ -56,6 +58,7 @@ def place(
     tensor: TensorOption = None,
     pipeline: PipelineOption = None,
     shares: SharesOption = None,
+    experts: ExpertsOption = None,
     engine: EngineOption = None,
     context: ContextOption = None,
     slots: SlotsOption = None,
@@ -65,11 +68,15 @@ def place(
     node: NodeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show which placement would be chosen, and why every other was not. Nothing is loaded."""
+    """Show which placement would be chosen, and why every other was not. Nothing is loaded.
+
+    Where nothing fits the reason goes to stderr, and the exit status is 1.
+    """
     options = load_options(
         tensor=tensor,
         pipeline=pipeline,
         shares=shares,
+        experts=experts,
         engine=engine,
         context=context,
         slots=slots,
@@ -77,7 +84,10 @@ def place(
         device=device,
     )
     request = (Atom("place"), model_ref(model), options)
-    _show(target(home, node), request, json, tables.details)
+    found = to_json(ask(target(home, node), request))
+    show(found, json, placement_table.placement)
+    if not found["chosen"]:
+        raise Refused("no_placement", found["why"])
 
 
 def _show(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from bridge.term import Atom, Term
 from ops.client import Target
 from ops.errors import BadUsage
 from ops.home import find_home
+
+_SHARE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 
 HomeOption = Annotated[
     Path | None,
@@ -49,7 +52,18 @@ PipelineOption = Annotated[
 ]
 SharesOption = Annotated[
     str | None,
-    typer.Option(metavar="A,B,...", help="How much each rank takes of the whole, such as 2,1."),
+    typer.Option(
+        metavar="A,B,...",
+        help="How much each rank takes of the whole, such as 2,1: one number a rank, stage by "
+        "stage. Alone it makes that many tensor ranks.",
+    ),
+]
+ExpertsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="inside|across",
+        help="Cut every routed expert over the tensor ranks, or deal whole ones out.",
+    ),
 ]
 EngineOption = Annotated[
     str | None, typer.Option(metavar="torch|mlx", help="What multiplies the matrices.")
@@ -62,7 +76,10 @@ SlotsOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Requests served at once.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads a rank.")]
-DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, or cuda:0.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda:N, mlx, or cuda to deal ranks over all GPUs."),
+]
 
 
 def target(home: Path | None, node: str | None) -> Target:
@@ -86,6 +103,7 @@ def load_options(
     tensor: int | None = None,
     pipeline: int | None = None,
     shares: str | None = None,
+    experts: str | None = None,
     engine: str | None = None,
     context: int | None = None,
     slots: int | None = None,
@@ -95,12 +113,13 @@ def load_options(
     """The map that ``load`` and ``place`` take; what was not given is left to the cluster.
 
     Raises:
-        BadUsage: ``shares`` is no list of numbers from 1.
+        BadUsage: ``shares`` is no list of positive numbers.
     """
     given: dict[str, Term] = {
         "tensor": tensor,
         "pipeline": pipeline,
         "shares": None if shares is None else _numbers(shares),
+        "experts": experts,
         "engine": engine,
         "context": context,
         "slots": slots,
@@ -110,8 +129,8 @@ def load_options(
     return {Atom(name): value for name, value in given.items() if value is not None}
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int | float]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise BadUsage(f"--shares {text!r}: write numbers from 1, such as 2,1")
-    return [int(part) for part in parts]
+    if not all(_SHARE.fullmatch(part) and float(part) > 0 for part in parts):
+        raise BadUsage(f"--shares {text!r}: write positive numbers, such as 2,1")
+    return [float(part) if "." in part else int(part) for part in parts]
