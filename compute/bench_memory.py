@@ -43,8 +43,9 @@ class RankMemory:
     Attributes:
         slice_in_file, slice_in_memory: of the rank's weights.
         before: with everything imported and nothing loaded.
-        peak: at most while loading; resident pages of the mapped file count.
-        loaded: after loading and a first step.
+        reading: at most until the last weight was read; resident pages of the mapped file count.
+        loading: at most until all ranks had met and run a first step.
+        loaded: after that.
         full: with every slot full.
         idle_estimate, estimate: of ``before`` and ``full``, by ``models.footprint``.
     """
@@ -53,7 +54,8 @@ class RankMemory:
     slice_in_file: int
     slice_in_memory: int
     before: int
-    peak: int
+    reading: int
+    loading: int
     loaded: int
     full: int
     idle_estimate: int
@@ -61,8 +63,8 @@ class RankMemory:
 
     @property
     def peak_ratio(self) -> float:
-        """Growth at the worst moment of loading, over the slice in memory."""
-        return (self.peak - self.before) / self.slice_in_memory
+        """Growth at the worst moment of reading, over the slice in memory."""
+        return (self.reading - self.before) / self.slice_in_memory
 
     @property
     def estimate_ratio(self) -> float:
@@ -82,10 +84,8 @@ async def measure(setting: Setting) -> list[RankMemory]:
         RuntimeError: a rank failed, with what it said.
         TimeoutError: the ranks took too long for one step.
     """
-    alone = dataclasses.replace(
-        setting, tensor=1, pipeline=1, shares=(), context_tokens=64, num_slots=1
-    )
-    await _run(alone)  # compiles what is not yet compiled, and brings the file into memory
+    # Compiles what is not yet compiled, and brings the file into memory.
+    await _run(dataclasses.replace(setting, context_tokens=64, num_slots=1))
     return await _run(setting)
 
 

@@ -55,7 +55,13 @@ def main() -> None:
     order = LoadOrder(instance="bench", epoch=1, **json.loads(sys.stdin.readline()))
     before = Resident.read().now
     forget_peak()
-    loaded = load(order, listeners, lambda done, total: None)
+    reading = 0
+
+    def note(done: int, total: int) -> None:
+        nonlocal reading
+        reading = Resident.read().peak
+
+    loaded = load(order, listeners, note)
     after = Resident.read()
     if loaded.engine is not None:
         _fill(loaded.engine)
@@ -64,8 +70,8 @@ def main() -> None:
     full = Resident.read()
     if loaded.engine is not None:
         loaded.engine.close()  # which the others see
-    sizes = {"before": before, "peak": after.peak, "loaded": after.now, "full": full.now}
-    _say({"rank": order.rank, **sizes, **_figures(order, loaded)})
+    sizes = {"reading": reading, "loading": after.peak, "loaded": after.now, "full": full.now}
+    _say({"rank": order.rank, "before": before, **sizes, **_figures(order, loaded)})
     sys.stdin.readline()  # the others may still need this one
 
 

@@ -15,6 +15,7 @@ from models.quant import KINDS, Bytes, Floats, to_float32
 ALL = slice(None)
 CHUNK_BYTES = 4 << 20  # of float32: beside what is kept, loading takes a few times this
 Longs = npt.NDArray[np.int64]
+AROUND_BYTES = 2 << 20  # Linux maps 64 KiB around a touched page, or a whole large folio
 _LET_GO: int = getattr(mmap, "MADV_DONTNEED", 0)  # not on Windows
 
 
@@ -88,11 +89,14 @@ class Weight:
     def dequantize(self, rows: slice = ALL, columns: slice = ALL) -> Floats:
         """Values of ``rows`` x ``columns`` (step 1) as float32, a fresh array.
 
-        Only the blocks that hold these columns are read. A vector gives shape (rows,).
+        Only the blocks that hold these columns are read. A vector gives shape (rows,), and its
+        pages are let go of at once: a page may be 2 MiB.
         """
         size = KINDS[self.kind].block_size
         if len(self.shape) == 1:
-            return to_float32(self.packed(rows), self.kind).reshape(-1)
+            vector = to_float32(self.packed(rows), self.kind).reshape(-1)
+            self.release()
+            return vector
         start, stop = bounds(columns, self.num_columns)
         first, last = start // size * size, min(-(-stop // size) * size, self.num_columns)
         values = to_float32(self.packed(rows, slice(first, last)), self.kind)
@@ -129,17 +133,19 @@ class Weight:
 
 
 def release(data: Bytes) -> None:
-    """Let go of the resident pages that hold a view of a mapped file.
+    """Let go of the resident pages that hold a view of a mapped file, and of those around it.
 
-    Nothing happens where the bytes are not mapped or the system cannot do it.
+    A page that is touched brings its neighbours along. Nothing happens where the bytes are not
+    mapped or the system cannot do it.
     """
     owner = _mapping(data)
     if owner is None or data.size == 0:
         return
     base = np.frombuffer(owner, dtype=np.uint8).ctypes.data
     low, high = np.lib.array_utils.byte_bounds(data)
-    start = (low - base) // mmap.PAGESIZE * mmap.PAGESIZE
-    owner.madvise(_LET_GO, start, high - base - start)
+    start = max(0, low - base - AROUND_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+    stop = min(len(owner), high - base + AROUND_BYTES)
+    owner.madvise(_LET_GO, start, stop - start)
 
 
 def release_file(data: Bytes) -> None:
