@@ -3,6 +3,10 @@
 The ring has no time-outs, no epochs, and a process joins it once: so a store checks the epoch
 first, every operation runs on a thread of its own that can be left behind, and after a loss the
 process must end. A peer that dies in the very moment of joining ends the others' processes.
+
+A ring cannot be split, nor a process be in two: it serves where the tensor ranks are the whole
+mesh. In other meshes sums of MLX stages, and always what goes from stage to stage, take host
+arrays over shared memory or gloo.
 """
 
 from __future__ import annotations
@@ -131,6 +135,9 @@ class MlxGroup:
         if self._lost is not None:
             raise PeerLost(self._lost.rank, self._lost.why)
         import mlx.core as mx
+
+        if isinstance(x, mx.array):
+            mx.eval(x)  # here: a thread can evaluate only what itself has begun
 
         def evaluate() -> Any:
             with mx.stream(mx.cpu):

@@ -19,8 +19,11 @@ from tests.compute.made import MadeCheckpoint, made
 from tests.compute.thread_group import thread_groups, together
 from tests.models.specs import FAMILIES, small
 
-mx = pytest.importorskip("mlx.core")
-from compute.mlx.stage import MlxStage  # noqa: E402
+pytest.importorskip("mlx.core")
+import mlx.core as mx
+
+from compute.mlx.stage import MlxStage, activation_type
+from compute.mlx.step import attend
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +157,84 @@ def test_logits_of_every_family_on_every_mesh(
     with capsys.disabled():
         print(f"\n{name}: " + ", ".join(f"{text} {e:.1e}" for text, e in errors.items()), end="")
     assert max(errors.values()) < 2e-4
+
+
+def test_a_row_does_not_see_its_neighbours_or_who_had_its_slot_before() -> None:
+    checkpoint = made(small("gemma3", sliding_window=8))
+    stage = load(checkpoint, whole(checkpoint.spec))
+    ids = tuple(range(3, 40))
+    (first,) = stage.run([Row(1, ids, 0)], None, None)
+    stage.run([Row(1, (9,) * 60, 0), Row(0, (5,), 0)], None, None)
+    stage.run([Row(1, ids[:30], 0), Row(0, (6, 7), 1), Row(2, (1, 2), 0)], None, None)
+    again = stage.run([Row(2, (3,), 2), Row(1, ids[30:], 30)], None, None)[1]
+    np.testing.assert_allclose(again, first, atol=1e-4 * float(np.abs(first).max()))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_narrow_types_stay_near(name: str, dtype: mx.Dtype) -> None:
+    checkpoint = made(small(name, vocab_size=192, hidden_size=96), ("Q4_1", "Q8_0"))
+    expected = torch_logits(checkpoint, STEPS[:1])
+    stage = load(checkpoint, whole(checkpoint.spec), dtype=dtype)
+    wide = load(checkpoint, whole(checkpoint.spec))
+    assert error(run([whole(checkpoint.spec)], [wide], STEPS[:1]), expected) < 2e-4
+    assert stage.kv_bytes * 2 == wide.kv_bytes
+    assert stage.weights_bytes < wide.weights_bytes
+    found = run([whole(checkpoint.spec)], [stage], STEPS[:1])
+    assert error(found, expected) < (0.05 if dtype == mx.float16 else 0.4)
+
+
+def test_quantised_weights_stay_packed_and_add_up_over_ranks() -> None:
+    spec = small("qwen2", hidden_size=256, intermediate_size=512, head_dim=32)
+    kinds = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K")
+    checkpoint = made(spec, kinds)
+    expected = torch_logits(checkpoint)
+    for tensor in ((1,), (1, 3)):
+        ranks = shards(checkpoint, tensor)
+        stages = [load(checkpoint, rank) for rank in ranks]
+        assert error(run(ranks, stages), expected) < 2e-4
+        dense = sum(4 * int(np.prod(checkpoint.tensor(n).shape)) for n in checkpoint.names())
+        assert sum(stage.weights_bytes for stage in stages) < 0.5 * dense
+
+
+def test_what_a_stage_says_of_itself() -> None:
+    checkpoint = made(small("llama"))
+    ranks = shards(checkpoint, (1, 1), (1, 1))
+    stage = load(checkpoint, ranks[3])
+    assert (stage.device, stage.kernels) == ("mlx:0", "mlx")
+    assert (stage.spec, stage.shard) == (checkpoint.spec, ranks[3])
+    assert (stage.context_tokens, stage.num_slots) == (CONTEXT, SLOTS)
+    assert stage.kv_bytes == 3 * 2 * 2 * 16 * CONTEXT * SLOTS * 4  # layers, heads, pair, features
+    assert stage.workspace_bytes > 0
+    stage.close()
+
+
+def test_a_lost_peer_ends_a_run() -> None:
+    checkpoint = made(small("llama"))
+    ranks = shards(checkpoint, (1, 1))
+    stage, (mine, other) = load(checkpoint, ranks[0]), thread_groups(2)
+    other.close()
+    peers = Peers(mine, tuple(rank.vocab for rank in ranks), 20.0)
+    with pytest.raises(PeerLost):
+        stage.run(STEPS[0], None, peers)
+
+
+def test_capped_attention() -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        rng.standard_normal((1, h, n, 8)).astype(np.float32) for h, n in ((4, 3), (2, 9), (2, 9))
+    )
+    found = np.array(
+        attend(mx.array(q), mx.array(k), mx.array(v), scale=2.0, softcap=3.0, mask="causal")
+    )
+    scores = np.einsum("hle,hse->hls", q[0], k[0].repeat(2, 0)) * 2.0
+    scores = np.tanh(scores / 3.0) * 3.0
+    scores[:, np.arange(9)[None] > np.arange(6, 9)[:, None]] = -np.inf
+    weights = np.exp(scores)
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found[0], weights @ v[0].repeat(2, 0), atol=1e-5)
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert activation_type(made(small("llama"), ("F16",))) == mx.float32
