@@ -6,13 +6,15 @@ compute plane compares them with what loaded engines report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from models.errors import NoRoom
-from models.layout import layer_tensors
+from models.layout import expected_tensors
 from models.memory import Packing, Stored, estimate
+from models.quant import KINDS
 from models.sharding import RankShard
 from models.spec import ModelSpec
 
@@ -49,7 +51,6 @@ class Figures:
         packing: how matrices lie in memory.
         kv_bytes_per_element: of a remembered number.
         page_tokens: a slot's positions are rounded up to multiples of this.
-        activation_bytes: of a number between two operations.
         process_bytes: resident memory of a port's process beside its model: interpreter,
             libraries, compiled code; on a GPU what the driver and libraries keep there.
     """
@@ -57,12 +58,11 @@ class Figures:
     packing: Packing
     kv_bytes_per_element: int
     page_tokens: int
-    activation_bytes: int
     process_bytes: int
 
 
-# Bytes of a block of 32 outputs by 32 inputs / 1024, see compute.cpu.layout.BLOCK_BYTES; formats
-# are those of compute.cpu.stored.TAKE_APART. Whatever is not listed is kept as float32.
+# Bytes of a block of 32 outputs by 32 inputs, see compute.cpu.layout.BLOCK_BYTES; formats are
+# those of compute.cpu.stored.TAKE_APART. Whatever is not listed is kept as float32.
 _BLOCK_BYTES: Final = {
     "F32": 4096,
     "F16": 2048,
@@ -72,6 +72,28 @@ _BLOCK_BYTES: Final = {
     **dict.fromkeys(("Q4_0", "Q4_K"), 768),
     **dict.fromkeys(("Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K"), 1536),
 }
+# Bits of a weight that stays packed on MLX, with two factors for each 32; see compute.mlx.pack.
+_MLX_BITS: Final = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
+_ROUTER: Final = ".mlp.gate.weight"  # always float32
+_EXPANSION: Final = ".kv_b_proj.weight"  # of latent attention: taken apart by head, never packed
+
+
+def _mlx(size: int) -> Figures:
+    """With activations of ``size`` bytes."""
+    packed = {kind: (4 * bits + 2 * size) / 32 for kind, bits in _MLX_BITS.items()}
+    return Figures(
+        packing=Packing(
+            bytes_per_weight=packed,
+            otherwise=float(size),
+            group=32,
+            by_name={_ROUTER: 4.0, _EXPANSION: float(size)},
+        ),
+        kv_bytes_per_element=size,
+        page_tokens=1,
+        process_bytes=60 * MIB,
+    )
+
+
 # Processes: compute.bench_memory on Linux x86-64 with CPython 3.11, torch 2.13 (CPU build) and
 # mlx 0.32. With compiled kernels 156 MiB before loading, 6 more behind a first step; all of it
 # with code from the cache: a process that compiles itself takes 40 to 90 MiB more.
@@ -85,30 +107,26 @@ _FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
         ),
         kv_bytes_per_element=4,
         page_tokens=64,
-        activation_bytes=4,
         process_bytes=162 * MIB,
     ),
     ("torch", "cpu"): Figures(
-        packing=Packing(otherwise=4.0),
+        packing=Packing(
+            bytes_per_weight={"F16": 2.0, "BF16": 2.0},
+            otherwise=4.0,
+            by_name={_ROUTER: 4.0, _EXPANSION: 4.0},
+        ),
         kv_bytes_per_element=4,
         page_tokens=1,
-        activation_bytes=4,
         process_bytes=235 * MIB,
     ),
     ("torch", "cuda"): Figures(
-        packing=Packing(otherwise=2.0),
+        packing=Packing(otherwise=2.0, by_name={_ROUTER: 4.0}),
         kv_bytes_per_element=2,
         page_tokens=1,
-        activation_bytes=2,
         process_bytes=600 * MIB,
     ),
-    ("mlx", "mlx"): Figures(
-        packing=Packing(otherwise=2.0),
-        kv_bytes_per_element=2,
-        page_tokens=1,
-        activation_bytes=2,
-        process_bytes=60 * MIB,
-    ),
+    ("mlx", "mlx"): _mlx(2),
+    ("mlx", "mlx-wide"): _mlx(4),
 }
 
 
@@ -141,7 +159,7 @@ def footprint(
         checkpoint: says how each weight is stored; ``models.memory.Assumed`` where there is none.
         shard: what the rank holds.
         kernels: see ``kernels_for``.
-        device: ``cpu``, ``cuda:N`` or ``mlx``.
+        device: ``cpu``, ``cuda:N`` or ``mlx``; ``mlx-cpu`` for MLX without a GPU.
         context_tokens, num_slots: of the key/value memory.
         threads: CPU threads of the rank.
 
@@ -149,14 +167,17 @@ def footprint(
         ValueError: no engine of these kernels runs on that device, or a size is not positive.
         models.plans.UnmatchedWeight: the family's plan lacks a weight.
     """
-    figures = _FIGURES.get((kernels, device.partition(":")[0]))
+    where = device.partition(":")[0]
+    if where == "mlx-cpu" or (where == "mlx" and _mostly(spec, checkpoint) == "F32"):
+        where = "mlx-wide"
+    figures = _FIGURES.get((kernels, where))
     if figures is None or threads < 1:
         raise ValueError(f"no {kernels} kernels on {device!r} with {threads} threads")
-    tables = rope_bytes(spec, shard, context_tokens)
     if kernels == "compiled":
-        workspace = tables + step_bytes(spec, shard, context_tokens, num_slots, threads)
+        workspace = rope_bytes(spec, shard, context_tokens)
+        workspace += step_bytes(spec, shard, context_tokens, num_slots, threads)
     else:
-        workspace = tables + passing_bytes(spec, shard, num_slots, figures.activation_bytes)
+        workspace = passing_bytes(spec, shard, context_tokens, num_slots, fused=kernels == "torch")
     found = estimate(
         spec,
         checkpoint,
@@ -225,12 +246,35 @@ def step_bytes(
     return 4 * (rows * sum(features) + logits) + scratch + counters + 6 * 8 * rows + aligned
 
 
-def passing_bytes(spec: ModelSpec, shard: RankShard, num_slots: int, activation_bytes: int) -> int:
-    """What operations of one run hold at once: the widest layer's values, and the logits."""
-    widest = max(
-        sum(shape[0] for name, shape in layer_tensors(spec).items() if part in name)
-        for part in ("self_attn", "mlp")
-    )
-    passing = MAX_POSITIONS * (widest + 4 * spec.hidden_size) * activation_bytes
-    logits = spec.vocab_size * num_slots * (4 + activation_bytes) if shard.is_last(spec) else 0
-    return passing + logits
+def passing_bytes(
+    spec: ModelSpec, shard: RankShard, context_tokens: int, num_slots: int, *, fused: bool
+) -> int:
+    """Most that operations hold at once where a library makes arrays as it goes, as float32.
+
+    The residual and its copies, one half's inner features, the scores of one row, logits.
+
+    Args:
+        fused: plain attention keeps no scores, only which position sees which.
+    """
+    positions = min(MAX_POSITIONS, context_tokens * num_slots)
+    experts, heads = spec.experts, len(shard.query_heads)
+    inner = max(len(shard.ffn), len(shard.shared_ffn))
+    if experts is not None:
+        inner = max(inner, experts.num_active * (len(shard.expert_ffn) + spec.hidden_size))
+    features = 6 * spec.hidden_size + max(4 * inner, 6 * heads * spec.head_dim)
+    if fused and spec.attention_softcap is None and spec.latent is None:
+        heads = shard.queries_a_kv_head
+    scores = 2 * heads * min(positions, context_tokens) * context_tokens
+    logits = 2 * spec.vocab_size * min(num_slots, positions)
+    return 4 * (positions * features + scores + logits)
+
+
+def _mostly(spec: ModelSpec, checkpoint: Stored) -> str:
+    """The format that most bytes of the file are in."""
+    sizes: dict[str, float] = {}
+    for name, shape in expected_tensors(spec).items():
+        kind = checkpoint.tensor(name).kind
+        block = KINDS.get(kind)
+        size = block.block_bytes / block.block_size if block else 0.5
+        sizes[kind] = sizes.get(kind, 0.0) + math.prod(shape) * size
+    return max(sizes, key=lambda kind: sizes[kind])

@@ -52,6 +52,8 @@ class Packing:
         group: a format of blocks stays packed where both ends of a column cut are multiples of
             this; else it takes ``otherwise``.
         plain: formats without blocks, which any cut leaves as they are.
+        by_name: bytes of a weight by the end of its name, for those kept in one type whatever
+            their format.
     """
 
     bytes_per_weight: Mapping[str, float] = field(default_factory=dict)
@@ -59,15 +61,18 @@ class Packing:
     tile: tuple[int, int] = (1, 1)
     group: int = 1
     plain: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+    by_name: Mapping[str, float] = field(default_factory=dict)
 
-    def matrix_bytes(self, kind: str, rows: slice, columns: slice) -> int:
-        """Bytes of a part of a matrix."""
+    def matrix_bytes(self, kind: str, rows: slice, columns: slice, *, name: str = "") -> int:
+        """Bytes of a part of a matrix; ``name`` is its canonical name."""
         height, width = self.tile
         start, stop = int(columns.start), int(columns.stop)
         tall = math.ceil(int(rows.stop - rows.start) / height) * height
         wide = math.ceil((stop - start) / width) * width
         intact = kind in self.plain or not (start % self.group or stop % self.group)
         size = self.bytes_per_weight.get(kind, self.otherwise) if intact else self.otherwise
+        for end, always in self.by_name.items():
+            size = always if name.endswith(end) else size
         return math.ceil(tall * wide * size)
 
 
@@ -127,7 +132,7 @@ def estimate(
             size = math.ceil((part[0].stop - part[0].start) / packing.tile[1]) * packing.tile[1]
             weights_bytes += 4 * size
         else:
-            weights_bytes += packing.matrix_bytes(checkpoint.tensor(name).kind, *part)
+            weights_bytes += packing.matrix_bytes(checkpoint.tensor(name).kind, *part, name=name)
     tokens = math.ceil(context_tokens / page_tokens) * page_tokens * num_slots
     elements = kv_elements(spec, shard, latent_cached=latent_cached) * tokens
     return MemoryEstimate(
