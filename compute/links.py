@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from compute.collectives import Backend, Group, Rendezvous, choose_backend, join
-from compute.orders import OrderReceiver, OrderSender
+from compute.orders import SILENT_S, OrderReceiver, OrderSender
 from compute.places import Listeners, Place
 from compute.stage import FloatArray, Peers, Row, Stage, num_positions
 from models.mesh import head_rank
@@ -201,4 +201,5 @@ def _join_orders(meeting: Meeting, listeners: Listeners, links: Links) -> None:
             rank=meeting.rank,
             head=head,
             timeout_s=meeting.timeout_s,
+            silent_s=min(SILENT_S, meeting.step_timeout_s),
         )

@@ -26,8 +26,8 @@ import numpy as np
 from compute.errors import JoinRefused, PeerLost
 from compute.stage import Row
 
-TICK_S = 2.0
-SILENT_S = 20.0
+TICK_S = 1.0
+SILENT_S = 10.0  # ticks come from a thread of their own, however long a step takes
 HELLO_S = 5.0
 _MAX_HELLO_BYTES = 1024
 _MAX_FRAME_BYTES = 64 << 20
@@ -159,9 +159,11 @@ class OrderReceiver:
         connection: socket.socket,
         *,
         head: int,
+        silent_s: float = SILENT_S,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket, self._head, self._now = connection, head, now
+        self._silent_s = max(silent_s, 3 * TICK_S)
         self._buffer = bytearray()
         self._heard_s = now()
         connection.setblocking(False)
@@ -169,9 +171,25 @@ class OrderReceiver:
 
     @classmethod
     def connect(
-        cls, address: tuple[str, int], *, group: str, rank: int, head: int, timeout_s: float
+        cls,
+        address: tuple[str, int],
+        *,
+        group: str,
+        rank: int,
+        head: int,
+        timeout_s: float,
+        silent_s: float = SILENT_S,
     ) -> OrderReceiver:
-        """Find the head, which may still be loading. Raises PeerLost, JoinRefused."""
+        """Find the head, which may still be loading.
+
+        Args:
+            timeout_s: until it has to be there.
+            silent_s: without order and tick, from when on it counts as lost; at least 3 ticks.
+
+        Raises:
+            PeerLost: it is not there, or ended.
+            JoinRefused: it does not know this group or rank.
+        """
         deadline_s = time.monotonic() + timeout_s
         hello = json.dumps({"group": group, "rank": rank}).encode() + b"\n"
         while True:
@@ -190,7 +208,7 @@ class OrderReceiver:
             except OSError:
                 answer = b""
             if answer == b"ok":
-                return cls(connection, head=head)
+                return cls(connection, head=head, silent_s=silent_s)
             connection.close()
             raise JoinRefused(f"rank {head} at {address} does not take rank {rank} as follower")
 
@@ -211,8 +229,8 @@ class OrderReceiver:
             ready, _, _ = select.select([self._socket], [], [], max(0.0, left_s))
             if ready:
                 self._read()
-            elif self._now() - self._heard_s > SILENT_S:
-                raise PeerLost(self._head, f"neither order nor tick for {SILENT_S:g} s")
+            elif self._now() - self._heard_s > self._silent_s:
+                raise PeerLost(self._head, f"neither order nor tick for {self._silent_s:g} s")
             else:
                 return None
 

@@ -24,9 +24,7 @@ ANSWER_S = 100.0
 class Mesh:
     """Ranks of one model; leaving the context kills them all."""
 
-    def __init__(
-        self, path: Path, *, tensor: int = 1, pipeline: int = 1, **order: Any
-    ) -> None:
+    def __init__(self, path: Path, *, tensor: int = 1, pipeline: int = 1, **order: Any) -> None:
         self.order = {
             "instance": "test",
             "epoch": 1,
