@@ -53,6 +53,7 @@ def main() -> None:
     place = listeners.place
     _say({"host": place.host, "ports": dict(place.ports)})
     order = LoadOrder(instance="bench", epoch=1, **json.loads(sys.stdin.readline()))
+    _import_engine(order)
     before = Resident.read().now
     forget_peak()
     reading = 0
@@ -73,6 +74,15 @@ def main() -> None:
     sizes = {"reading": reading, "loading": after.peak, "loaded": after.now, "full": full.now}
     _say({"rank": order.rank, "before": before, **sizes, **_figures(order, loaded)})
     sys.stdin.readline()  # the others may still need this one
+
+
+def _import_engine(order: LoadOrder) -> None:
+    """Have libraries in memory before anything is measured: they are no part of a model."""
+    kernels = kernels_for(open_checkpoint(Path(order.path)).spec, order.device)
+    if kernels == "torch":
+        import compute.torch.engine
+    elif kernels == "mlx":
+        import compute.mlx.stage  # noqa: F401
 
 
 def _fill(engine: StageEngine) -> None:
@@ -105,7 +115,7 @@ def _figures(order: LoadOrder, loaded: Loaded) -> dict[str, int]:
         checkpoint,
         stage.shard,
         kernels=kernels_for(checkpoint.spec, order.device),
-        device=order.device,
+        device="mlx-cpu" if stage.kernels == "mlx" else order.device,
         context_tokens=stage.context_tokens,
         num_slots=stage.num_slots,
         threads=order.threads,

@@ -16,7 +16,7 @@ from models.layout import expected_tensors
 from models.memory import Packing, Stored, estimate
 from models.quant import KINDS
 from models.sharding import RankShard
-from models.spec import ModelSpec
+from models.spec import ExpertSpec, ModelSpec
 
 Kernels = Literal["compiled", "torch", "mlx"]
 MAX_POSITIONS: Final = 256  # new positions in one run of a stage
@@ -78,7 +78,7 @@ _ROUTER: Final = ".mlp.gate.weight"  # always float32
 _EXPANSION: Final = ".kv_b_proj.weight"  # of latent attention: taken apart by head, never packed
 
 
-def _mlx(size: int) -> Figures:
+def _mlx(size: int, process_bytes: int) -> Figures:
     """With activations of ``size`` bytes."""
     packed = {kind: (4 * bits + 2 * size) / 32 for kind, bits in _MLX_BITS.items()}
     return Figures(
@@ -90,13 +90,16 @@ def _mlx(size: int) -> Figures:
         ),
         kv_bytes_per_element=size,
         page_tokens=1,
-        process_bytes=60 * MIB,
+        process_bytes=process_bytes,
     )
 
 
 # Processes: compute.bench_memory on Linux x86-64 with CPython 3.11, torch 2.13 (CPU build) and
 # mlx 0.32. With compiled kernels 156 MiB before loading, 6 more behind a first step; all of it
-# with code from the cache: a process that compiles itself takes 40 to 90 MiB more.
+# with code from the cache: a process that compiles itself takes 40 to 90 MiB more. A port on a
+# CPU has the kernels in memory also where torch or MLX then multiplies. Two are not measured:
+# CUDA's context with cuBLAS is NVIDIA's 0.5 GiB and some, MLX on Metal is its 43 MiB on Linux
+# without the kernels and some.
 _FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
     ("compiled", "cpu"): Figures(
         packing=Packing(
@@ -117,7 +120,7 @@ _FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
         ),
         kv_bytes_per_element=4,
         page_tokens=1,
-        process_bytes=235 * MIB,
+        process_bytes=350 * MIB,
     ),
     ("torch", "cuda"): Figures(
         packing=Packing(otherwise=2.0, by_name={_ROUTER: 4.0}),
@@ -125,8 +128,8 @@ _FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
         page_tokens=1,
         process_bytes=600 * MIB,
     ),
-    ("mlx", "mlx"): _mlx(2),
-    ("mlx", "mlx-wide"): _mlx(4),
+    ("mlx", "mlx"): _mlx(2, 60 * MIB),
+    ("mlx", "mlx-wide"): _mlx(4, 190 * MIB),
 }
 
 
@@ -135,7 +138,7 @@ def kernels_for(spec: ModelSpec, device: str) -> Kernels:
     match device.partition(":")[0]:
         case "mlx":
             return "mlx"
-        case "cpu" if spec.experts is None and spec.latent is None and spec.head_dim % 16 == 0:
+        case "cpu" if spec.latent is None and spec.head_dim % 16 == 0:
             return "compiled"
         case _:
             return "torch"
@@ -228,7 +231,10 @@ def step_bytes(
     """Buffers of the compiled kernels, one by one: see ``compute.cpu.step.Step``."""
     pages = -(-context_tokens // 64)
     rows = min(MAX_POSITIONS, num_slots * pages * 64)
-    hidden, inner = _padded(spec.hidden_size), _padded(len(shard.ffn))
+    hidden, dense = _padded(spec.hidden_size), len(shard.shared_ffn)
+    if not all(spec.is_sparse(layer) for layer in shard.layers):
+        dense = max(dense, len(shard.ffn))
+    inner = _padded(dense)
     queries = _padded(len(shard.query_heads) * spec.head_dim)
     keys = _padded(len(shard.kv_heads) * spec.head_dim)
     features = (
@@ -240,10 +246,25 @@ def step_bytes(
     logits = vocab * min(num_slots, MAX_POSITIONS)
     run = 8 * shard.queries_a_kv_head  # queries of a run of positions
     scratch = max(4096 + rows * 128, run * (2 * spec.head_dim + pages * 64) * 4)
+    experts = 0
+    if spec.experts is not None:
+        every = _padded(spec.experts.num_experts)
+        scratch = max(scratch, 20 * every)
+        experts = 4 * rows * every + _expert_bytes(spec.experts, shard, rows, hidden)
     scratch = -(-scratch // 4096) * 4096 * threads
-    counters = 128 * (8 * len(shard.layers) + 5)
+    counters = 128 * (15 * len(shard.layers) + 5)
     aligned = (len(features) + 2 + 9) * 64  # each buffer begins on a cache line
-    return 4 * (rows * sum(features) + logits) + scratch + counters + 6 * 8 * rows + aligned
+    numbers = 4 * (rows * sum(features) + logits) + 6 * 8 * rows
+    return numbers + experts + scratch + counters + aligned
+
+
+def _expert_bytes(experts: ExpertSpec, shard: RankShard, rows: int, hidden: int) -> int:
+    """Every row's inputs and inner features beside each of its experts, and the choices."""
+    here, inner = len(shard.experts), _padded(len(shard.expert_ffn))
+    pairs = rows * min(experts.num_active, here)
+    choices = 4 * rows * experts.num_active * (1 + 2 + 2)
+    spans = 8 * (2 * pairs + 3 * here + 2)
+    return 4 * pairs * (hidden + inner) * 17 // 16 + choices + spans + 14 * 64
 
 
 def passing_bytes(
