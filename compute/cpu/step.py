@@ -11,6 +11,7 @@ import numpy.typing as npt
 from compute.cpu import tables as t
 from compute.cpu.layout import GROUP, padded
 from compute.cpu.matmul import UNPACKED_BYTES
+from compute.cpu.routing import SCRATCH_FLOATS
 from compute.cpu.sync import PHASE_BYTES
 from compute.kv_cache import PAGE_TOKENS, KvCache
 from compute.stage import Row
@@ -19,6 +20,13 @@ from models.spec import ModelSpec
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+
+def _inner_features(spec: ModelSpec, shard: RankShard) -> int:
+    """Of the widest MLP that all rows go through: of a dense layer, or shared experts."""
+    if all(spec.is_sparse(layer) for layer in shard.layers):
+        return len(shard.shared_ffn)
+    return max(len(shard.ffn), len(shard.shared_ffn))
 
 
 class Step:
@@ -39,7 +47,7 @@ class Step:
         self._views: dict[int, npt.NDArray[Any]] = {}
         self._vocab = len(shard.vocab) if shard.is_last(spec) else 0
         self.max_rows = min(t.MAX_ROWS, num_slots * cache.pages_a_slot * PAGE_TOKENS)
-        hidden, inner = padded(spec.hidden_size), padded(len(shard.ffn))
+        hidden, inner = padded(spec.hidden_size), padded(_inner_features(spec, shard))
         queries = padded(len(shard.query_heads) * spec.head_dim)
         keys = padded(len(shard.kv_heads) * spec.head_dim)
         for column, features in {
@@ -56,12 +64,14 @@ class Step:
             t.PARTIAL: hidden,
         }.items():
             self._floats(column, features * self.max_rows)
+        room = self._experts(spec, shard) if spec.experts is not None else 0
         self._logits = self._floats(t.LOGITS, padded(self._vocab) * min(num_slots, t.MAX_ROWS))
         num_queries = t.RUN_ROWS * shard.queries_a_kv_head
         scores_tokens = cache.pages_a_slot * PAGE_TOKENS
         scratch_bytes = max(
             UNPACKED_BYTES + self.max_rows * 128,
             num_queries * (2 * spec.head_dim + scores_tokens) * 4,
+            room,
         )
         scratch_bytes = -(-scratch_bytes // 4096) * 4096
         self._floats(t.SCRATCH, scratch_bytes // 4 * threads)
@@ -140,6 +150,36 @@ class Step:
         num_out, groups = int(self.table[t.NUM_OUT]), padded(self._vocab) // GROUP
         tiled = self._logits[: groups * num_out * GROUP].reshape(groups, num_out, GROUP)
         return self._flat(tiled, self._vocab)
+
+    def _experts(self, spec: ModelSpec, shard: RankShard) -> int:
+        """Buffers of layers with experts; returns the scratch bytes that a choice takes."""
+        assert spec.experts is not None
+        active, here = spec.experts.num_active, len(shard.experts)
+        choices = self.max_rows * active
+        pairs = self.max_rows * min(active, here)
+        hidden, inner = padded(spec.hidden_size), padded(len(shard.expert_ffn))
+        every = padded(spec.experts.num_experts)
+        for column, size in {
+            t.ROUTED: every * self.max_rows,
+            t.FACTORS: choices,
+            t.EXPERT_X: hidden * pairs,
+            t.EXPERT_X_SUMS: hidden // 16 * pairs,
+            t.EXPERT_INNER: inner * pairs,
+            t.EXPERT_INNER_SUMS: inner // 16 * pairs,
+        }.items():
+            self._floats(column, size)
+        for column, size in {
+            t.CHOSEN: choices,
+            t.PAIRS: choices,
+            t.PAIR_ROWS: pairs,
+            t.PAIR_SPANS: pairs,
+            t.SPAN_EXPERTS: here,
+            t.SPAN_STARTS: here + 1,
+            t.NUM_SPANS: 1,
+            t.PLACES: here,
+        }.items():
+            self._longs(column, size)
+        return SCRATCH_FLOATS * every * 4
 
     def _tiled(self, buffer: Floats) -> Floats:
         rows, groups = int(self.table[t.NUM_ROWS]), padded(self._spec.hidden_size) // GROUP

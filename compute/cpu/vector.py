@@ -124,6 +124,12 @@ def load_long(builder: Any, address: Any) -> Any:
     return _at(builder, address, ir.IntType(64), 8)
 
 
+@operation(_void, _i64, _i64)
+def store_long(builder: Any, address: Any, value: Any) -> Any:
+    """Write a 64-bit integer to an address."""
+    builder.store(value, builder.inttoptr(address, ir.IntType(64).as_pointer()), align=8)
+
+
 @operation(_i64, _i64)
 def load_byte_one(builder: Any, address: Any) -> Any:
     """The byte at an address, 0 to 255."""

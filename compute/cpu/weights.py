@@ -17,19 +17,12 @@ from models.errors import UnsupportedModel
 from models.plans import EMBEDDING, slices_of
 from models.rope import inverse_frequencies
 from models.sharding import RankShard
-from models.spec import ModelSpec, RopeSpec
+from models.spec import ExpertSpec, ModelSpec, RopeSpec
 
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-_NAMES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_ATTENTION = {t.Q: "q_proj", t.K: "k_proj", t.V: "v_proj", t.O: "o_proj"}
+_MLP = {t.GATE: "gate_proj", t.UP: "up_proj", t.DOWN: "down_proj"}
 
 
 @dataclass(slots=True)
@@ -56,8 +49,6 @@ class Weights:
 
 
 def _lacking(spec: ModelSpec) -> str | None:
-    if spec.experts is not None:
-        return "mixture-of-experts layers"
     if spec.latent is not None:
         return "multi-head latent attention"
     if spec.head_dim % 16:
@@ -94,10 +85,12 @@ def load_weights(
     spec = checkpoint.spec
     check_supported(spec, checkpoint.path)
     num_layers = len(shard.layers)
+    num_experts = sum(spec.is_sparse(layer) for layer in shard.layers) * len(shard.experts)
+    num_matrices = num_layers * t.MATRICES_A_LAYER + t.ENDS + num_experts * t.MATRICES_AN_EXPERT
     weights = Weights(
         dims=np.zeros(t.NUM_DIMS, dtype=np.int64),
         reals=np.zeros(t.NUM_REALS, dtype=np.float32),
-        matrices=np.zeros((num_layers * t.MATRICES_A_LAYER + 2, t.NUM_COLUMNS), dtype=np.int64),
+        matrices=np.zeros((num_matrices, t.NUM_COLUMNS), dtype=np.int64),
         layers=np.zeros((num_layers, t.NUM_LAYER_COLUMNS), dtype=np.int64),
     )
     _Loader(checkpoint, shard, weights, on_progress).load(context_tokens)
@@ -118,6 +111,7 @@ class _Loader:
         self._weights, self._on_progress = weights, on_progress
         self._parts = slices_of(checkpoint.spec, shard)
         self._arena = Arena()
+        self._next_expert = len(shard.layers) * t.MATRICES_A_LAYER + t.ENDS
         self._done_bytes = 0
         self._total_bytes = sum(self._size_bytes(name) for name in self._parts)
 
@@ -133,7 +127,7 @@ class _Loader:
                 ropes[rope] = weights.positions[-1].ctypes.data
             weights.layers[row, t.ROPE] = ropes[rope]
             weights.layers[row, t.WINDOW] = spec.windows[layer] or 0
-            self._layer(row, f"layers.{layer}.")
+            self._layer(row, f"layers.{layer}.", spec.is_sparse(layer))
         self._ends()
         self._checkpoint.release()
         assert not self._parts, f"not read: {sorted(self._parts)}"
@@ -151,6 +145,8 @@ class _Loader:
         reals[t.EPS], reals[t.EMBEDDING_SCALE] = spec.norm_eps, spec.embedding_scale
         reals[t.ATTENTION_SCALE] = spec.attention_scale
         reals[t.ATTENTION_SOFTCAP] = spec.attention_softcap or 0
+        if spec.experts is not None:
+            describe_experts(dims, reals, spec.experts, shard.experts)
 
     def _ends(self) -> None:
         spec, shard = self._spec, self._shard
@@ -173,11 +169,16 @@ class _Loader:
         elif last and tied:
             ends[t.OUTPUT] = self._matrix("embed_tokens")
 
-    def _layer(self, row: int, prefix: str) -> None:
+    def _layer(self, row: int, prefix: str, sparse: bool) -> None:
         spec, info = self._spec, self._weights.layers[row]
-        for role, name in enumerate(_NAMES):
-            entry = self._matrix(prefix + name)
-            self._weights.matrices[row * t.MATRICES_A_LAYER + role] = entry
+        mine = self._weights.matrices[row * t.MATRICES_A_LAYER :]
+        for role, name in _ATTENTION.items():
+            mine[role] = self._matrix(f"{prefix}self_attn.{name}")
+        if sparse:
+            self._experts(row, f"{prefix}mlp.")
+        else:
+            for role, name in _MLP.items():
+                mine[role] = self._matrix(f"{prefix}mlp.{name}")
         info[t.ATTENTION_NORM] = self._norm(f"{prefix}input_layernorm.weight")
         after = self._norm(f"{prefix}post_attention_layernorm.weight")
         if spec.post_norms:
@@ -189,6 +190,23 @@ class _Loader:
         if spec.qk_norm:
             info[t.Q_NORM] = self._norm(f"{prefix}self_attn.q_norm.weight")
             info[t.K_NORM] = self._norm(f"{prefix}self_attn.k_norm.weight")
+
+    def _experts(self, row: int, prefix: str) -> None:
+        assert self._spec.experts is not None
+        matrices, info = self._weights.matrices, self._weights.layers[row]
+        mine = matrices[row * t.MATRICES_A_LAYER :]
+        mine[t.ROUTER] = self._matrix(f"{prefix}gate")
+        if self._spec.experts.score_bias:
+            info[t.SCORE_BIAS] = self._vector(f"{prefix}gate.e_score_correction_bias")
+        if self._spec.experts.num_shared:
+            for role, name in _MLP.items():
+                mine[role] = self._matrix(f"{prefix}shared_experts.{name}")
+        info[t.EXPERTS] = self._next_expert
+        for number in self._shard.experts:
+            for role, name in enumerate(_MLP.values()):
+                entry = self._matrix(f"{prefix}experts.{number}.{name}")
+                matrices[self._next_expert + role] = entry
+            self._next_expert += t.MATRICES_AN_EXPERT
 
     def _matrix(self, name: str, rows: slice | None = None) -> tuple[int, ...]:
         """A matrix with its bias, by the plan's slices; ``rows`` narrows them."""
@@ -235,6 +253,18 @@ class _Loader:
 
 def _rows(kept: range) -> slice:
     return slice(kept.start, kept.stop)
+
+
+def describe_experts(dims: Longs, reals: Floats, experts: ExpertSpec, here: range) -> None:
+    """Write the rule of choice, and which experts are here, into the tables."""
+    dims[t.NUM_EXPERTS], dims[t.NUM_ACTIVE] = experts.num_experts, experts.num_active
+    dims[t.FIRST_EXPERT], dims[t.NUM_EXPERTS_HERE] = here.start, len(here)
+    dims[t.USES_SIGMOID] = experts.scoring == "sigmoid"
+    dims[t.NORMALIZES] = experts.normalize
+    dims[t.NUM_GROUPS] = experts.num_groups
+    dims[t.NUM_ACTIVE_GROUPS] = experts.num_active_groups
+    dims[t.ADDS_TWO_BEST] = experts.group_score == "top2_sum"
+    reals[t.EXPERT_SCALE] = experts.scale
 
 
 def rope_table(rope: RopeSpec, context_tokens: int) -> Floats:

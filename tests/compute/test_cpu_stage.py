@@ -1,4 +1,7 @@
-"""The compiled stage over meshes: ranks as threads, against one rank, bit by bit where promised."""
+"""The compiled stage over meshes: ranks as threads, against one rank, bit by bit where promised.
+
+And every family that it runs over every mesh, against transformers.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from models.footprint import footprint
 from models.mesh import grid, mesh, units_of
 from models.plans import slices_of
 from models.sharding import RankShard
+from tests.compute import families
+from tests.compute.families import FAMILIES, Shape, shapes_of
 from tests.compute.thread_group import ThreadGroup, thread_groups, together
 from tests.models.specs import small
 from tests.models.tiny import llama_tensors, write_gguf
@@ -311,5 +316,32 @@ def test_sums_are_two_a_layer_and_one_for_the_embedding(
 
 def test_what_the_kernels_run_is_said_beforehand() -> None:
     assert is_supported(small("gemma3"))
+    assert is_supported(small("mixtral"))
     assert not is_supported(small("deepseek_v3"))
     assert not is_supported(small("llama", head_dim=24))
+
+
+COMPILED = [name for name in FAMILIES if not name.startswith("deepseek")]
+
+
+def on_cpu(checkpoint: Checkpoint, shard: RankShard) -> CpuStage:
+    assert is_supported(checkpoint.spec)
+    return CpuStage.load(
+        checkpoint,
+        shard,
+        context_tokens=families.CONTEXT_TOKENS,
+        num_slots=families.NUM_SLOTS,
+        threads=1,
+        on_progress=lambda done, total: None,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name in COMPILED for shape in shapes_of(name)], ids=str
+)
+def test_logits_are_those_of_transformers_over_every_mesh(
+    family_folders: dict[str, Path], name: str, shape: Shape
+) -> None:
+    assert families.error(family_folders[name], shape, on_cpu) < 2e-4

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from compute.cpu import sync, vector
 from compute.cpu.crew import Crew
-from compute.cpu.decoder import _element
 from compute.cpu.jit import entry
 from compute.cpu.layout import TILE
 from compute.cpu.matmul import UNPACKED_BYTES, multiply_tile, tile_function
 from compute.cpu.pack import Packed, pack
 from compute.cpu.pack import vector as padded_vector
+from compute.cpu.residual import element
 from models.quant import SUPPORTED, to_float32
 from models.weights import Weight
 from tests.models.tiny import random_blocks
@@ -44,7 +44,7 @@ def whole_product(
 
 @entry
 def read_element(kind: Any, p: Any, groups: Any, row: Any, column: Any) -> Any:
-    return _element(kind, p, groups, row, column)
+    return element(kind, p, groups, row, column)
 
 
 @entry
