@@ -14,8 +14,9 @@ from compute.mlx.cache import Cache
 from compute.mlx.exchange import gathered, summed
 from compute.mlx.step import Step
 from compute.mlx.weights import Layer, Weights, load_weights
-from compute.stage import MAX_POSITIONS, FloatArray, Peers, Progress, Row
+from compute.stage import FloatArray, Peers, Progress, Row
 from models.checkpoint import Checkpoint
+from models.footprint import passing_bytes
 from models.sharding import RankShard
 from models.spec import ModelSpec
 
@@ -55,8 +56,8 @@ class MlxStage:
         )
         self.weights_bytes: int = weights.num_bytes
         self.kv_bytes: int = self._cache.full_bytes
-        self.workspace_bytes: int = workspace_bytes(
-            spec, shard, context_tokens=context_tokens, num_slots=num_slots
+        self.workspace_bytes: int = passing_bytes(
+            spec, shard, context_tokens, num_slots, fused=False
         )
 
     @classmethod
@@ -178,25 +179,6 @@ def activation_type(checkpoint: Checkpoint) -> mx.Dtype:
     if most in ("BF16", "F8_E4M3") or checkpoint.spec.post_norms:
         return mx.bfloat16
     return mx.float16
-
-
-def workspace_bytes(
-    spec: ModelSpec, shard: RankShard, *, context_tokens: int, num_slots: int
-) -> int:
-    """Most that a step needs beside weights and keys: MLX frees a layer's arrays as it goes.
-
-    Counted in float32: the residual and its copies, one half's inner features, the scores of one
-    row (where no fused kernel spares them), logits.
-    """
-    positions = min(MAX_POSITIONS, context_tokens * num_slots)
-    experts, heads = spec.experts, len(shard.query_heads)
-    inner = max(len(shard.ffn), len(shard.shared_ffn))
-    if experts is not None:
-        inner = max(inner, experts.num_active * (len(shard.expert_ffn) + spec.hidden_size))
-    features = 6 * spec.hidden_size + max(4 * inner, 6 * heads * spec.head_dim)
-    scores = 2 * heads * min(positions, context_tokens) * context_tokens
-    logits = 2 * spec.vocab_size * min(num_slots, positions)
-    return 4 * (positions * features + scores + logits)
 
 
 @contextlib.contextmanager
