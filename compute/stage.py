@@ -266,11 +266,12 @@ def best_device() -> str:
     The driver library is looked for first, because importing torch costs seconds.
     """
     import ctypes
+    import importlib.util
     import platform
     import sys
 
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return "mlx"
+        return "mlx" if importlib.util.find_spec("mlx") is not None else "cpu"  # from macOS 14 on
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(name)
