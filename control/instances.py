@@ -116,7 +116,8 @@ class Instances:
 
     def on_prepared(self, id_: str, spec: InstanceSpec) -> None:
         """It is placed: its group starts."""
-        if record := self._books.get(id_):
+        record = self._books.get(id_)
+        if record is not None and record.state != "draining":  # else unloaded a moment ago
             record.spec = spec
             self._change(record, "loading")
             self._answer_load(record, (Atom("ok"), id_))
@@ -129,7 +130,7 @@ class Instances:
     def on_failed(self, id_: str, kind: str, text: str) -> None:
         """It came to nothing, or ended for good."""
         record = self._books.get(id_)
-        if record is None:
+        if record is None or record.state == "draining":
             return
         if record.on_demand and not record.ever_ready:
             self._forget_demand(record, text)

@@ -202,7 +202,7 @@ class _Machine:
         except IllegalShares as exc:
             return Candidate(shape=shape, refusal=exc)
         told = [self._device(rank, shape.num_ranks) for rank in range(shape.num_ranks)]
-        devices = [device or self._likely for device in told]
+        devices = [_numbered(device or self._likely) for device in told]
         kernels = [kernels_for(self.spec, device) for device in devices]
         threads = self.request.threads or max(1, self.host.cores // shape.num_ranks)
         needs = [
@@ -316,6 +316,11 @@ def _engine(request: Request, host: Host) -> str:
     if device.startswith("cuda") and devices and number >= devices:
         raise BadOption(f"device={device!r}: {host.name} has {devices} CUDA devices, from 0")
     return "torch"
+
+
+def _numbered(device: str) -> str:
+    """As a loaded rank names its device: ``cpu:0``."""
+    return device if ":" in device else f"{device}:0"
 
 
 def _parts(needs: Footprint) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
-from models.card import Card
+from models.card import Card, PackageSource
 from models.layout import expected_tensors
 from models.quant import KINDS
 from models.spec import Family, ModelSpec, RopeSpec
@@ -31,7 +31,15 @@ def spec_of_card(card: Card) -> ModelSpec:
 
 
 def kind_of_card(card: Card) -> str:
-    """Storage format whose bytes of a weight are nearest to those of the card's file."""
+    """The storage format that the name of a GGUF file tells, as most of its weights have it.
+
+    Else the one whose bytes of a weight are nearest to those of the card's files.
+    """
+    for source in card.sources[:1]:
+        if isinstance(source, PackageSource):
+            told = [kind for kind in KINDS if kind.lower() in source.file.lower()]
+            if told:
+                return max(told, key=len)
     bytes_per_weight = card.size_bytes / card.parameters
     return min(_LIKELY, key=lambda kind: abs(_bytes_per_weight(kind) - bytes_per_weight))
 

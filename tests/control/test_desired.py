@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 from bridge.term import Atom
 from control.desired import (
     BadDesired,
-    BadOption,
     Desired,
-    LoadOptions,
+    DesiredFile,
     Wanted,
     read_desired,
     write_desired,
 )
+from control.load_options import BadOption, LoadOptions
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "desired.json"
-    desired = (
-        Desired().add(Wanted("a-1", "a", LoadOptions(slots=2, engine="torch"))).with_default("a")
-    )
+    options = LoadOptions(slots=2, engine="torch", tensor=2, shares=(2.0, 0.1), experts="across")
+    desired = Desired().add(Wanted("a-1", "a", options)).with_default("a")
     write_desired(path, desired)
     assert read_desired(path) == desired
     assert [p.name for p in tmp_path.iterdir()] == ["desired.json"]
@@ -72,3 +71,13 @@ def test_text_may_be_a_binary_or_an_atom() -> None:
     assert LoadOptions.from_term({b"engine": Atom("torch"), Atom("context"): 64}) == LoadOptions(
         engine="torch", context=64
     )
+
+
+def test_a_full_disk_costs_the_file_and_not_the_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = DesiredFile(tmp_path / "gone" / "desired.json")
+    file.read()
+    file.save(file.now.add(Wanted("a-1", "a")))
+    assert [wanted.id for wanted in file.now.wanted] == ["a-1"]
+    assert "lost at a restart" in caplog.text

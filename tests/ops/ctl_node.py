@@ -29,6 +29,8 @@ def atoms(data: Any) -> Term:
     """JSON data as the cluster's terms: keys are atoms."""
     if isinstance(data, dict):
         return {Atom(key): atoms(value) for key, value in data.items()}
+    if data is None:
+        return Atom("undefined")
     return [atoms(item) for item in data] if isinstance(data, list) else data
 
 
@@ -41,6 +43,11 @@ def instance(id_: str, state: str) -> dict[str, Any]:
         "device": "cpu:0",
         "layers": [0, 30],
         "kv_heads": [0, 3],
+        "query_heads": [0, 9],
+        "ffn": [0, 1536],
+        "experts": [0, 0],
+        "weights_bytes": 97_000_000,
+        "kv_bytes": 44_000_000,
         "memory_bytes": 101_000_000,
         "load_done": 50,
         "load_total": 100,
@@ -58,6 +65,44 @@ def instance(id_: str, state: str) -> dict[str, Any]:
         "restarts": 1,
         "active_requests": 0,
         "ranks": [rank],
+    }
+
+
+def placement(model: str, *, fits: bool) -> dict[str, Any]:
+    rank = {
+        "rank": 1,
+        "node": Atom("n@127.0.0.1"),
+        "device": "cpu:0",
+        "kernels": Atom("compiled"),
+        "threads": 1,
+        "layers": [0, 30],
+        "kv_heads": [2, 3],
+        "query_heads": [6, 9],
+        "ffn": [1024, 1536],
+        "vocab": [32768, 49152],
+        "experts": [0, 0],
+        "weights_bytes": 33_000_000,
+        "kv_bytes": 63_000_000,
+        "workspace_bytes": 4_000_000,
+        "process_bytes": 162_000_000,
+        "total_bytes": 262_000_000,
+        "limit_bytes": 999_000_000,
+    }
+    one = {"strategy": Atom("single"), "tensor_size": 1, "pipeline_size": 1, "shares": [1.0]}
+    two = {"strategy": Atom("tensor"), "tensor_size": 2, "pipeline_size": 1, "shares": [2.0, 1.0]}
+    return {
+        "model": model,
+        "state": Atom("remote"),
+        "assumed": "Q4_1",
+        "size_bytes": 98_000_000,
+        "context_tokens": 8192,
+        "slots": 4,
+        "node": Atom("n@127.0.0.1"),
+        "limit_bytes": 1_500_000_000,
+        "used_bytes": 500_000_000,
+        "chosen": {**two, "ranks": [rank], "total_bytes": 600_000_000, "why": ""} if fits else None,
+        "rejected": [{**one, "ranks": [], "total_bytes": 0, "why": "needs 800.00 GB"}],
+        "why": "" if fits else "cannot place it: rank 0 needs 800.00 GB",
     }
 
 
@@ -114,11 +159,9 @@ class Cluster(GenServer):
             case ("pull_progress", model):
                 return (OK, atoms(self._progress(text_of(model))))
             case ("place", b"huge", _):
-                return (ERROR, Atom("no_placement"), "needs 800 GiB, free: 4 GiB")
-            case ("place", model, _):
-                chosen = {"node": "n@127.0.0.1", "memory_bytes": 2_000_000}
-                refused = [{"node": "m@127.0.0.1", "why": "no compute role"}]
-                return (OK, atoms({"model": model, "chosen": chosen, "refused": refused}))
+                return (ERROR, Atom("unknown_model"), "no card is called huge")
+            case ("place", model, dict(options)):
+                return (OK, atoms(placement(text_of(model), fits=Atom("slots") not in options)))
             case ("generate", b"nobody" | b"default" as model, _, _):
                 return (ERROR, Atom("unknown_model"), f"unknown model '{model.decode()}'")
             case ("generate", _, prompt, dict(options)):

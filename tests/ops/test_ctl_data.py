@@ -35,8 +35,13 @@ def test_status_json_is_the_contract_map(node: CtlNode) -> None:
         ("topology", ["Links: none"]),
         ("tree", ["root_sup rest_for_one", "cluster_sup", "restarts 4", "restarting", "├──"]),
         ("model list", ["lama", "101.0 MB", "8192", "Apache-2.0", "big-lama", "remote"]),
-        ("model ps", ["lama-1", "single 1x1", "4711", "0..30", "0..3", "101.0 MB"]),
-        ("place lama", ["model: lama", "2.0 MB", "no compute role"]),
+        (
+            "model ps",
+            ["lama-1", "single 1x1", "4711", "0..30", "0..3", "0..9", "97.0 MB", "44.0 MB"],
+        ),
+        ("place lama", ["lama, not downloaded", "98.0 MB, taken to be Q4_1", "500.0 MB of it to"]),
+        ("place lama", ["Chosen: tensor 2x1 shares 2,1, 600.0 MB in all", "6..9", "1024..1536"]),
+        ("place lama", ["single 1x1  needs 800.00 GB", "33.0 MB", "162.0 MB", "999.0 MB"]),
     ],
 )
 def test_tables_contain_the_values(node: CtlNode, command: str, words: list[str]) -> None:
@@ -84,14 +89,16 @@ def test_a_cookie_that_differs_is_told_with_its_file(node: CtlNode) -> None:
 
 def test_load_waits_until_the_instance_is_ready(node: CtlNode) -> None:
     found = node.ctl(
-        "model", "load", "tiny", "--context", "512", "--shares", "2,1", "--engine", "torch",
-        "--json",
+        "model", "load", "tiny", "--context", "512", "--shares", "2,1.5", "--engine", "torch",
+        "--experts", "across", "--json",
     )  # fmt: skip
     assert found.status == 0
     assert (found.json["id"], found.json["state"]) == ("tiny-1", "ready")
     assert "tiny: downloading from package index" in found.err
     assert "tiny-1: loading" in found.err
-    options = "[('context', 512), ('engine', b'torch'), ('shares', [2, 1])]"
+    options = (
+        "[('context', 512), ('engine', b'torch'), ('experts', b'across'), ('shares', [2, 1.5])]"
+    )
     assert f"load tiny {options}" in node.seen
 
 
@@ -107,7 +114,7 @@ def test_a_load_that_fails_gives_the_reason(node: CtlNode) -> None:
         ("model load nothing", "unknown model 'nothing'; known: tiny"),
         ("model unload nothing", "no instance of 'nothing' runs; running: lama-1"),
         ("model pull gone", "no source could be reached"),
-        ("place huge", "needs 800 GiB"),
+        ("place huge", "no card is called huge"),
         ("chat nobody -p hello", "unknown model 'nobody'"),
         ("chat -p hello", "n@127.0.0.1 was started without a model"),
         ("chat lama -p fail", "the rank is lost"),
@@ -117,6 +124,18 @@ def test_what_the_cluster_refuses_is_status_1(node: CtlNode, command: str, reaso
     found = node.ctl(*command.split())
     assert (found.status, found.out) == (1, "")
     assert reason in found.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_place_says_why_nothing_fits_and_shows_what_was_tried(
+    node: CtlNode, flags: list[str]
+) -> None:
+    found = node.ctl("place", "lama", "--slots", "9", *flags)
+    assert found.status == 1
+    assert "cannot place it: rank 0 needs 800.00 GB" in found.err
+    assert "needs 800.00 GB" in found.out
+    if flags:
+        assert found.json["chosen"] is None
 
 
 def test_pull_waits_until_the_files_are_here(node: CtlNode) -> None:

@@ -86,7 +86,7 @@ def test_a_node_that_hangs_is_status_3(tmp_path: Path) -> None:
         ("model load", "Missing argument"),
         ("model load m --context many", "--context"),
         ("model load m --tensor 0", "--tensor"),
-        ("model load m --shares 2,none", "--shares '2,none': write numbers"),
+        ("model load m --shares 2,none", "--shares '2,none': write positive numbers"),
         ("chat m --temperature 3", "--temperature"),
         ("chat m -p  ", "requires an argument"),
         ("start --join other", "--join other: the cluster of this version is one machine"),

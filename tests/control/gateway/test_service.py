@@ -80,10 +80,19 @@ def test_without_a_cluster_nothing_can_be_steered(
 
 def test_operators_words_reach_the_cluster(steered: tuple[Live, FakeControl]) -> None:
     live, control = steered
-    options = {"tensor": 2, "pipeline": 1, "shares": [2, 1], "engine": "torch", "context": 512}
-    body = {"model": "m", **options, "slots": 4}
+    options = {"tensor": 2, "pipeline": 1, "shares": [2, 0.5], "engine": "torch", "context": 512}
+    more = {"slots": 4, "threads": 1, "device": "cpu", "experts": "inside"}
+    body = {"model": "m", **options, **more}
     shape = LoadOptions(
-        tensor=2, pipeline=1, shares=(2, 1), engine="torch", context_tokens=512, slots=4
+        tensor=2,
+        pipeline=1,
+        shares=(2, 0.5),
+        experts="inside",
+        engine="torch",
+        context_tokens=512,
+        slots=4,
+        threads=1,
+        device="cpu",
     )
     assert live.http.post("/cluster/place", json=body).json()["chosen"] == {"tensor_size": 2}
     assert live.http.post("/cluster/load", json=body).json() == {"id": "m-1"}
@@ -108,6 +117,8 @@ def test_operators_words_reach_the_cluster(steered: tuple[Live, FakeControl]) ->
         ("unload", {"id": "nope"}, 404, None),
         ("load", {"model": "m", "what": 1}, 400, "what"),
         ("load", {"model": "m", "tensor": 0}, 400, "tensor"),
+        ("load", {"model": "m", "shares": [1, 0]}, 400, "shares[1]"),
+        ("place", {"model": "m", "experts": "outside"}, 400, "experts"),
         ("load", {"model": "m", "engine": "cuda"}, 400, "engine"),
         ("swap", {"old": "m"}, 400, "new"),
     ],
