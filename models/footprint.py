@@ -21,6 +21,7 @@ from models.spec import ExpertSpec, ModelSpec
 Kernels = Literal["compiled", "torch", "mlx"]
 MAX_POSITIONS: Final = 256  # new positions in one run of a stage
 MIB: Final = 1 << 20
+LATENT_SCORES: Final = 1 << 23  # what compute.torch.latent.SCORES allows at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ _FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
 def kernels_for(spec: ModelSpec, device: str) -> Kernels:
     """What multiplies on a device (``cpu``, ``cuda:N``, ``mlx``), as ``load_stage`` chooses it."""
     match device.partition(":")[0]:
-        case "mlx":
+        case "mlx" | "mlx-cpu":
             return "mlx"
         case "cpu" if spec.latent is None and spec.head_dim % 16 == 0:
             return "compiled"
@@ -286,6 +287,8 @@ def passing_bytes(
     if fused and spec.attention_softcap is None and spec.latent is None:
         heads = shard.queries_a_kv_head
     scores = 2 * heads * min(positions, context_tokens) * context_tokens
+    if fused and spec.latent is not None:
+        scores = min(scores, 2 * LATENT_SCORES)
     logits = 2 * spec.vocab_size * min(num_slots, positions)
     return 4 * (positions * features + scores + logits)
 

@@ -84,13 +84,22 @@ def attend(
     *,
     scale: float,
     cap: float | None,
+    most: int = SCORES,
 ) -> Tensor:
-    """Attention of one row's absorbed queries in float32: latent vectors (L, H, C)."""
+    """Attention of one row's absorbed queries in float32: latent vectors (L, H, C).
+
+    Args:
+        q_LHC: absorbed features, and behind them the rotated ones.
+        seen_SC: the cache's part, of the same features.
+        kv_rank: how many of them are the latent vector.
+        mask_LS: what each position sees; None for all.
+        most: queries are taken so few at a time that there are no more scores at once.
+    """
     length, heads, _ = q_LHC.shape
     keys_CS = seen_SC.float().T
     values_SC = seen_SC[:, :kv_rank].float()
     parts = []
-    room = max(1, SCORES // (heads * len(seen_SC)))
+    room = max(1, most // (heads * len(seen_SC)))
     for start in range(0, length, room):
         q = q_LHC[start : start + room]
         scores = (q.float().flatten(0, 1) @ keys_CS).unflatten(0, (-1, heads)) * scale
