@@ -8,17 +8,21 @@ a phase looks at the choices of a later layer; items without work pass at once.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.np.numpy_support import carray
 
 from compute.cpu import tables as t
 from compute.cpu.attention import feature, load_index, sum_of
-from compute.cpu.jit import inner
+from compute.cpu.jit import callback, inner
 from compute.cpu.products import gate_tile, multiply, product, tiles_an_item
 from compute.cpu.routing import choose, gather_choices
 from compute.cpu.sync import finish, join, take
-from compute.cpu.vector import fma, load, load_one, splat, store, store_one
+from compute.cpu.vector import fma, load, load_one, operation, pointer, splat, store, store_one
 
 ZERO = np.float32(0)
 
@@ -157,7 +161,7 @@ def _combine_row(step: Any, dims: Any, has_shared: Any, row: Any) -> None:
 
 
 @inner
-def experts_half(
+def _experts_half(
     step: Any,
     dims: Any,
     reals: Any,
@@ -167,10 +171,7 @@ def experts_half(
     phase: Any,
     scratch: Any,
 ) -> None:
-    """Phases: three of routing, inputs by expert, gate and up, down, sums.
-
-    From the normed rows in ``X`` to ``PARTIAL``, which holds the shared experts' share already.
-    """
+    """Phases: three of routing, inputs by expert, gate and up, down, sums."""
     _route(step, dims, reals, matrices, layers, layer, phase, scratch)
     phase += 3
     rows = step[t.NUM_ROWS]
@@ -213,3 +214,58 @@ def experts_half(
         finish(counters, phase)
         row = take(counters, phase)
     join(counters, phase, rows)
+
+
+def _experts(s: int, d: int, r: int, m: int, y: int, layer: int, phase: int, w: int) -> None:
+    step = carray(pointer(s), (t.NUM_STEP,), np.int64)
+    dims = carray(pointer(d), (t.NUM_DIMS,), np.int64)
+    reals = carray(pointer(r), (t.NUM_REALS,), np.float32)
+    # how many rows these two have is nothing to a kernel
+    matrices = carray(pointer(m), (1, t.NUM_COLUMNS), np.int64)
+    layers = carray(pointer(y), (1, t.NUM_LAYER_COLUMNS), np.int64)
+    _experts_half(step, dims, reals, matrices, layers, layer, phase, w)
+
+
+@cache
+def _compiled() -> Any:
+    return callback(_experts, num_arguments=8)
+
+
+def experts_function() -> int:
+    """Address of the machine code for :func:`experts_half`; compiled when first asked for."""
+    return int(_compiled().address)
+
+
+@operation(types.void, *[types.int64] * 9)
+def _call(builder: Any, function: Any, *arguments: Any) -> Any:
+    word = ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [word] * len(arguments))
+    builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)
+
+
+@inner
+def experts_half(
+    step: Any,
+    dims: Any,
+    reals: Any,
+    matrices: Any,
+    layers: Any,
+    layer: Any,
+    phase: Any,
+    scratch: Any,
+) -> None:
+    """The phases of experts.
+
+    From the normed rows in ``X`` to ``PARTIAL``, which holds the shared experts' share already.
+    """
+    _call(
+        dims[t.EXPERTS_FUNCTION],
+        step.ctypes.data,
+        dims.ctypes.data,
+        reals.ctypes.data,
+        matrices.ctypes.data,
+        layers.ctypes.data,
+        layer,
+        phase,
+        scratch,
+    )

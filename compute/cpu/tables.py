@@ -26,8 +26,9 @@ from __future__ import annotations
     NUM_GROUPS,
     NUM_ACTIVE_GROUPS,
     ADDS_TWO_BEST,  # a group's score; else its best
+    EXPERTS_FUNCTION,  # address of machine code, see ``experts``
     NUM_DIMS,
-) = range(22)
+) = range(23)
 
 # reals: float32, one model
 EPS, EMBEDDING_SCALE, ATTENTION_SCALE, ATTENTION_SOFTCAP, EXPERT_SCALE, NUM_REALS = range(6)

@@ -136,6 +136,12 @@ def load_byte_one(builder: Any, address: Any) -> Any:
     return builder.zext(_at(builder, address, ir.IntType(8), 1), ir.IntType(64))
 
 
+@operation(types.voidptr, _i64)
+def pointer(builder: Any, address: Any) -> Any:
+    """An address as what numba makes arrays of."""
+    return builder.inttoptr(address, ir.IntType(8).as_pointer())
+
+
 @operation(_vector, _f32)
 def splat(builder: Any, value: Any) -> Any:
     """One float in all lanes."""

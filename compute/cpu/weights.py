@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compute.cpu import tables as t
+from compute.cpu.experts import experts_function
 from compute.cpu.matmul import tile_function
 from compute.cpu.pack import Arena, Packed, pack, vector
 from models.checkpoint import Checkpoint
@@ -147,6 +148,7 @@ class _Loader:
         reals[t.ATTENTION_SOFTCAP] = spec.attention_softcap or 0
         if spec.experts is not None:
             describe_experts(dims, reals, spec.experts, shard.experts)
+            dims[t.EXPERTS_FUNCTION] = experts_function()
 
     def _ends(self) -> None:
         spec, shard = self._spec, self._shard
