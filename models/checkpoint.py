@@ -290,4 +290,12 @@ def _parts(first: GgufFile) -> list[GgufFile]:
             raise CorruptModel(part.path, "also in an earlier part", tensor=min(twice))
         seen |= part.tensors.keys()
         files.append(part)
+    total = first.integer("split.tensors.count")
+    if total is not None and total != len(seen):
+        raise CorruptModel(
+            first.path,
+            f"parts of another split model among its {count} files",
+            expected=f"{total} tensors",
+            found=len(seen),
+        )
     return files

@@ -204,32 +204,33 @@ class _Parser:
         return TensorInfo(name, shape, kind, offset, weights // size.block_size * size.block_bytes)
 
     def place(self, infos: list[TensorInfo], start: int, alignment: int) -> dict[str, TensorInfo]:
-        """Turn offsets into file positions; refuse overlap and whatever lies beyond the end."""
+        """Turn offsets into file positions; refuse overlap, gaps and what lies beyond the end."""
         tensors: dict[str, TensorInfo] = {}
         end, before = start, "the header"
         for info in sorted(infos, key=lambda info: info.start):
-            at = start + info.start
+            at, what = start + info.start, f"{info.kind} {info.shape}"
             if info.start % alignment:
                 raise CorruptModel(
                     self.path,
-                    "misaligned data",
+                    f"misaligned data of {what}",
                     tensor=info.name,
                     expected=f"a multiple of {alignment}",
                     found=info.start,
                 )
-            if at < end:
+            follows = -(-end // alignment) * alignment
+            if at != follows:
                 raise CorruptModel(
                     self.path,
-                    f"overlaps {before}",
+                    f"{what} {'overlaps' if at < follows else 'lies apart from'} {before}",
                     tensor=info.name,
-                    expected=f"data from byte {end}",
+                    expected=f"data from byte {follows}",
                     found=at,
                 )
             end, before = at + info.size_bytes, info.name
             if end > self.size:
                 raise CorruptModel(
                     self.path,
-                    "truncated file",
+                    f"truncated file: no room for {what}",
                     tensor=info.name,
                     expected=f"{end} bytes",
                     found=self.size,

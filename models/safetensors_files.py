@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,20 +57,36 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise CorruptModel(
             path, "absurd header length", expected=f"at most {limit}", found=header_bytes
         )
-    header = parse_json(path, mapped[8 : 8 + header_bytes])
+    header = parse_json(path, mapped[8 : 8 + header_bytes], strict=True)
     header.pop("__metadata__", None)
     start = 8 + header_bytes
     data = np.frombuffer(mapped, dtype=np.uint8)[start:]
     tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
+    _check_places(path, tensors, {name: header[name]["data_offsets"] for name in header}, data.size)
+    return tensors
+
+
+def _check_places(
+    path: Path, tensors: Mapping[str, StoredTensor], places: Mapping[str, list[int]], size: int
+) -> None:
+    """The format wants every byte to belong to one tensor: no overlap, no gap, nothing behind."""
     end, before = 0, "the header"
-    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
-        first, last = header[name]["data_offsets"]
-        if first < end:
+    for name in sorted(places, key=lambda name: places[name]):
+        first, last = places[name]
+        if first != end:
+            what = f"overlaps {before}" if first < end else f"lies apart from {before}"
             raise CorruptModel(
-                path, f"overlaps {before}", tensor=name, expected=f"from {end}", found=first
+                path,
+                f"{_format(tensors[name])} {what}",
+                tensor=name,
+                expected=f"data from byte {end}",
+                found=first,
             )
         end, before = last, name
-    return tensors
+    if end != size:
+        raise CorruptModel(
+            path, "data that no tensor has", expected=f"{end} bytes of data", found=size
+        )
 
 
 def open_sharded(folder: Path) -> dict[str, StoredTensor]:
@@ -80,7 +98,7 @@ def open_sharded(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        placed = parse_json(index, index.read_bytes()).get("weight_map")
+        placed = parse_json(index, index.read_bytes(), strict=True).get("weight_map")
         if not isinstance(placed, dict) or not all(
             isinstance(name, str) and name == Path(name).name for name in placed.values()
         ):
@@ -109,10 +127,18 @@ def open_sharded(folder: Path) -> dict[str, StoredTensor]:
     return merged
 
 
-def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object. Raises CorruptModel for anything else."""
+def parse_json(path: Path, raw: bytes, *, strict: bool = False) -> dict[str, Any]:
+    """A JSON object. Raises CorruptModel for anything else; ``strict``: and for a name twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if strict and len(found) < len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise CorruptModel(path, "a name occurs twice in the header", tensor=name)
+        return found
+
     try:
-        value = json.loads(raw.decode())
+        value = json.loads(raw.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as exc:
         raise CorruptModel(path, f"not JSON: {exc}") from exc
     if not isinstance(value, dict):
@@ -139,7 +165,7 @@ def _tensor(path: Path, name: str, entry: Any, data: Bytes) -> StoredTensor:
     if not first <= last <= data.size:
         raise CorruptModel(
             path,
-            "truncated file",
+            f"truncated file: no room for {kind} {shape}",
             tensor=name,
             expected=f"{last} bytes of data",
             found=data.size,
@@ -157,6 +183,10 @@ def _tensor(path: Path, name: str, entry: Any, data: Bytes) -> StoredTensor:
                 found=last - first,
             )
     return StoredTensor(path, name, kind, shape, data[first:last])
+
+
+def _format(tensor: StoredTensor) -> str:
+    return f"{tensor.kind} {tensor.shape}"
 
 
 def check_kind(tensor: StoredTensor) -> str:

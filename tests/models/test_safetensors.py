@@ -145,13 +145,28 @@ def _entry(kind: str, shape: list[int], start: int, stop: int) -> dict[str, Any]
         (_file([1, 2, 3]), "expected an object"),
         (_file({"t": 3}), "'t': malformed"),
         (_file({"t": _entry("F32", [-1], 0, 4)}, bytes(4)), "'t': malformed"),
-        (_file({"t": _entry("F32", [2], 0, 8)}, bytes(4)), "'t': truncated file .*expected 8"),
+        (
+            _file({"t": _entry("F32", [2], 0, 8)}, bytes(4)),
+            r"'t': truncated file: no room for F32 \(2,\) .*expected 8",
+        ),
         (_file({"t": _entry("F32", [3], 0, 8)}, bytes(8)), "wrong size"),
         (_file({"t": _entry("F32", [2], 8, 0)}, bytes(8)), "'t'"),
         (
             _file({"a": _entry("F32", [2], 0, 8), "b": _entry("F32", [1], 4, 8)}, bytes(8)),
-            "'b': overlaps a",
+            r"'b': F32 \(1,\) overlaps a",
         ),
+        (
+            _file({"a": _entry("F32", [1], 0, 4), "b": _entry("F32", [1], 8, 12)}, bytes(12)),
+            r"'b': F32 \(1,\) lies apart from a .*expected data from byte 4, found 8",
+        ),
+        (_file({"a": _entry("F32", [1], 0, 4)}, bytes(8)), "data that no tensor has .*expected 4"),
+        (
+            _file(b'{"a": %s, "a": %s}' % ((json.dumps(_entry("F32", [1], 0, 4)).encode(),) * 2)),
+            "'a': a name occurs twice",
+        ),
+        (_file({"a": _entry("F16", [2], 0, 8)}, bytes(8)), r"'a': wrong size for F16 \(2,\)"),
+        ((70).to_bytes(8, "little") + b'{"a": 3}' + bytes(70), "not JSON"),  # a length that lies
+        ((4).to_bytes(8, "little") + b'{"a": 3}', "not JSON"),
     ],
 )
 def test_damaged_headers_are_named(tmp_path: Path, raw: bytes, says: str) -> None:
