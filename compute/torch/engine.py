@@ -87,6 +87,8 @@ class TorchStage:
         on_cpu = where.type == "cpu"
         if on_cpu:
             torch.set_num_threads(threads)
+        else:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
         compute = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         expected = footprint(
             checkpoint.spec,
