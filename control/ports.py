@@ -19,6 +19,7 @@ import asyncio
 import json
 import logging
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ HELLO_S = 60.0  # from start of the OS process to its hello; importing may be sl
 ADOPT_S = 3.0  # how long a lease waits for the child of a former life
 ORPHAN_S = 10.0  # after which children of a former life are killed
 KILL_S = 5.0
+TRIM_S = 30.0
 
 
 class StartPort(Protocol):
@@ -73,18 +75,27 @@ class Ports(GenServer):
     Args:
         start_port: starts one child.
         record_path: JSON file that survives this process.
-        num_spares: idle children kept ready.
+        num_spares: idle children kept ready for each rank of the largest instance: when one
+            rank is lost, all of them start anew.
         name_prefix: makes port ids unique on the machine across lives.
+        trim_s: from the end of a rank until spares that nobody needs any more are ended.
     """
 
     def __init__(
-        self, start_port: StartPort, *, record_path: Path, num_spares: int, name_prefix: str
+        self,
+        start_port: StartPort,
+        *,
+        record_path: Path,
+        num_spares: int,
+        name_prefix: str,
+        trim_s: float = TRIM_S,
     ) -> None:
         super().__init__()
         self._start_port = start_port
         self._record_path = record_path
         self._num_spares = num_spares
         self._prefix = name_prefix
+        self._trim_s = trim_s
         self.state = PortsState()
 
     def format_state(self) -> Term:
@@ -117,6 +128,8 @@ class Ports(GenServer):
                 self._expire(port_id)
             case ("fill_spares",):
                 self._fill_spares()
+            case ("trim_spares",):
+                self._trim_spares()
             case ("DOWN", Ref() as monitor, _, _, _):
                 for child in list(self.state.children.values()):
                     if child.monitor == monitor:
@@ -215,13 +228,24 @@ class Ports(GenServer):
         self.me.spawn(watch, link=True, label=f"watch {child.port_id}")
 
     def _fill_spares(self) -> None:
-        spares = [c for c in self.state.children.values() if not c.instance and c.holder is None]
-        for _ in range(self._num_spares - len(spares)):
+        for _ in range(self._wanted_spares() - len(self._spares())):
             try:
                 self._start()
             except OSError as exc:
                 log.error("cannot start a spare port: %s", exc)
                 return
+
+    def _trim_spares(self) -> None:
+        """End spares beyond what the instances of now need, the last started first."""
+        for child in self._spares()[self._wanted_spares() :]:
+            self._kill(child)
+
+    def _spares(self) -> list[_Child]:
+        return [c for c in self.state.children.values() if not c.instance and c.holder is None]
+
+    def _wanted_spares(self) -> int:
+        ranks = Counter(c.instance for c in self.state.children.values() if c.instance)
+        return self._num_spares * max(ranks.values(), default=1)
 
     def _on_exit(self, port_id: str, text: str) -> None:
         child = self.state.children.pop(port_id, None)
@@ -237,7 +261,9 @@ class Ports(GenServer):
         if child.monitor is not None:
             self.me.demonitor(child.monitor)
         self._write_records()
-        if not child.instance:
+        if child.instance:
+            self._later(self._trim_s, (Atom("trim_spares"),))
+        else:
             self._later(1.0, (Atom("fill_spares"),))  # a spare that keeps dying must not spin
 
     def _expire(self, port_id: str) -> None:

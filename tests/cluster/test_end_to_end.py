@@ -26,12 +26,12 @@ def client_of(node: LiveNode) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def ask(node: LiveNode, *, max_tokens: int = 24, text: str = "") -> str:
+def ask(node: LiveNode, *, max_tokens: int = 24, text: str = "", model: str = MODEL) -> str:
     """One greedy answer."""
     messages = [{"role": "user", "content": text}] if text else QUESTION
     with client_of(node) as client:
         answer = client.chat.completions.create(
-            model=MODEL,
+            model=model,
             messages=messages,  # type: ignore[arg-type]  # plain dicts are fine at run time
             temperature=0,
             max_tokens=max_tokens,
@@ -42,9 +42,9 @@ def ask(node: LiveNode, *, max_tokens: int = 24, text: str = "") -> str:
 class Stream(threading.Thread):
     """A streaming client in a thread: collects the pieces, tells when the first came."""
 
-    def __init__(self, node: LiveNode, *, max_tokens: int) -> None:
+    def __init__(self, node: LiveNode, *, max_tokens: int, model: str = MODEL) -> None:
         super().__init__(daemon=True)
-        self._node, self._max_tokens = node, max_tokens
+        self._node, self._max_tokens, self._model = node, max_tokens, model
         self.pieces: list[str] = []
         self.times_s: list[float] = []
         self.error: Exception | None = None
@@ -55,7 +55,7 @@ class Stream(threading.Thread):
         try:
             with client_of(self._node) as client:
                 for chunk in client.chat.completions.create(
-                    model=MODEL,
+                    model=self._model,
                     messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
                     temperature=0,
                     max_tokens=self._max_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -29,7 +30,9 @@ PORTS = Atom("ports")
 
 
 @asynccontextmanager
-async def broker(folder: Path, *, num_spares: int = 0) -> AsyncIterator[tuple[Node, Process]]:
+async def broker(
+    folder: Path, *, num_spares: int = 0, trim_s: float = 30.0
+) -> AsyncIterator[tuple[Node, Process]]:
     """A node with the registered process ``ports``; everything ends with the block."""
     epmd_port = free_tcp_port()
     node = Node("control@127.0.0.1", "SECRETCOOKIE")
@@ -42,7 +45,11 @@ async def broker(folder: Path, *, num_spares: int = 0) -> AsyncIterator[tuple[No
         cache_dir=Path.home() / ".cache" / "phalanx-tests" / "kernels",
     )
     server = Ports(
-        starter, record_path=folder / "ports.json", num_spares=num_spares, name_prefix="p"
+        starter,
+        record_path=folder / "ports.json",
+        num_spares=num_spares,
+        name_prefix="p",
+        trim_s=trim_s,
     )
     try:
         with node.open_process(label="root") as root, node.open_process(label="test") as me:
@@ -109,6 +116,22 @@ def test_a_spare_is_leased_and_replaced(tmp_path: Path) -> None:
             await wait_until_async(lambda: (tmp_path / "port-p_2.log").exists(), 20)
             found = await gen_server.call(me, PORTS, PORTS)
             assert [p["port_id"] for p in found] == ["p_1", "p_2"]
+
+    asyncio.run(main())
+
+
+def test_there_are_spares_for_a_whole_instance_while_it_is_there(tmp_path: Path) -> None:
+    def spares() -> int:
+        rows = json.loads((tmp_path / "ports.json").read_text())
+        return sum(not row["instance"] for row in rows)
+
+    async def main() -> None:
+        async with broker(tmp_path, num_spares=1, trim_s=0.1) as (_, me):
+            leased = [await lease(me, rank) for rank in range(2)]
+            await wait_until_async(lambda: spares() == 2, 20)
+            for port_id, _ in leased:
+                assert await gen_server.call(me, PORTS, (Atom("release"), port_id)) == "ok"
+            await wait_until_async(lambda: spares() == 1, 20)
 
     asyncio.run(main())
 
