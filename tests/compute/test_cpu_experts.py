@@ -24,13 +24,15 @@ from compute.stage import Row
 from compute.torch.engine import TorchStage
 from compute.torch.routing import route
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.mesh import whole
+from models.mesh import grid, mesh, units_of, whole
 from models.plans import PLANS, SCORE_BIAS, SHARED_EXPERTS
 from models.sharding import RankShard
 from models.spec import ExpertSpec, ModelSpec
-from tests.compute.families import Shape, cut
+from tests.compute.families import Mesh, Shape, cut
 from tests.compute.made import made
 from tests.models.specs import small
+from tests.models.test_families import ATTENTION, COUNTS, gguf_tensors, moe_shapes
+from tests.models.tiny import write_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first of them compiles
 Floats = npt.NDArray[np.float32]
@@ -237,6 +239,57 @@ def test_experts_stay_quantised_and_whole_experts_are_read_by_one_rank(
     assert small_stage.weights_bytes < 0.2 * plain.weights_bytes
     small_stage.close()
     plain.close()
+
+
+def over(checkpoint: Checkpoint, shape: Shape) -> Mesh:
+    """A model over a mesh, all ranks in this process."""
+    shards = mesh(
+        checkpoint.spec,
+        grid(shape.tensor, shape.pipeline),
+        units=units_of(checkpoint.spec, checkpoint),
+        experts=shape.experts,
+        split_embedding=True,
+    )
+    world = len(shape.tensor)
+    ranks = [load(checkpoint, shard) for shard in shards]
+    return Mesh([list(ranks[at : at + world]) for at in range(0, len(ranks), world)])
+
+
+def test_a_pipeline_gives_the_bits_of_one_rank(mixture: tuple[Checkpoint, CpuStage]) -> None:
+    checkpoint, stage = mixture
+    expected = stage.run(ROWS, None, None)
+    for pipeline in ((1, 1), (1, 3, 1)):
+        stages = over(checkpoint, Shape((1,), pipeline))
+        assert np.array_equal(stages.run(ROWS), expected)
+        stages.close()
+
+
+@pytest.mark.parametrize("experts", ["inside", "across"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+def test_experts_of_gguf_files_over_ranks(
+    tmp_path: Path, arch: str, kind: str, experts: Literal["inside", "across"]
+) -> None:
+    attention = dict(ATTENTION)
+    if arch == "qwen3moe":
+        attention |= {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
+    tensors = gguf_tensors(moe_shapes(attention), kind)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        tensors,
+        arch=arch,
+        metadata={**COUNTS, "expert_feed_forward_length": 96},
+    )
+    checkpoint = open_checkpoint(path)
+    expected = by_torch(checkpoint, ROWS)
+    ranks = over(checkpoint, Shape((2, 1), (1,), experts))
+    found = ranks.run(ROWS)
+    held = sum(rank.weights_bytes for rank in ranks.stages[0])
+    ranks.close()
+    assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
+    alone = load(checkpoint, whole(checkpoint.spec))
+    assert held < 1.2 * alone.weights_bytes  # norms and router twice; no block is unpacked
+    alone.close()
 
 
 def test_many_rows_on_many_threads_agree_with_one(mixture: tuple[Checkpoint, CpuStage]) -> None:
