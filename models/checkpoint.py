@@ -292,10 +292,6 @@ def _parts(first: GgufFile) -> list[GgufFile]:
         files.append(part)
     total = first.integer("split.tensors.count")
     if total is not None and total != len(seen):
-        raise CorruptModel(
-            first.path,
-            f"parts of another split model among its {count} files",
-            expected=f"{total} tensors",
-            found=len(seen),
-        )
+        why = f"parts of another split model among its {count} files"
+        raise CorruptModel(first.path, why, expected=f"{total} tensors", found=len(seen))
     return files

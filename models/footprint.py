@@ -1,26 +1,26 @@
 """What a rank takes of a machine's memory with each kind of kernels, before anything is read.
 
-The engines' figures are data here, so that placement and loading ask one function; a test of the
-compute plane compares them with what loaded engines report.
+Placement and loading ask one function; a test of the compute plane compares its answer with what
+loaded engines report.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from models.engine_figures import FIGURES, Kernels
 from models.errors import NoRoom
 from models.layout import expected_tensors
-from models.memory import Packing, Stored, estimate
+from models.memory import Stored, estimate
 from models.quant import KINDS
 from models.sharding import RankShard
 from models.spec import ExpertSpec, ModelSpec
 
-Kernels = Literal["compiled", "torch", "mlx"]
+__all__ = ["Footprint", "Kernels", "check_room", "footprint", "kernels_for"]
+
 MAX_POSITIONS: Final = 256  # new positions in one run of a stage
-MIB: Final = 1 << 20
 LATENT_SCORES: Final = 1 << 23  # what compute.torch.latent.SCORES allows at a time
 
 
@@ -42,96 +42,6 @@ class Footprint:
     def total_bytes(self) -> int:
         """All of it."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.process_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What there is to know of one engine on one kind of device.
-
-    Attributes:
-        packing: how matrices lie in memory.
-        kv_bytes_per_element: of a remembered number.
-        page_tokens: a slot's positions are rounded up to multiples of this.
-        process_bytes: resident memory of a port's process beside its model: interpreter,
-            libraries, compiled code; on a GPU what the driver and libraries keep there.
-    """
-
-    packing: Packing
-    kv_bytes_per_element: int
-    page_tokens: int
-    process_bytes: int
-
-
-# Bytes of a block of 32 outputs by 32 inputs, see compute.cpu.layout.BLOCK_BYTES; formats are
-# those of compute.cpu.stored.TAKE_APART. Whatever is not listed is kept as float32.
-_BLOCK_BYTES: Final = {
-    "F32": 4096,
-    "F16": 2048,
-    "BF16": 2048,
-    "Q4_1": 640,
-    **dict.fromkeys(("Q5_0", "Q8_0"), 1088),
-    **dict.fromkeys(("Q4_0", "Q4_K"), 768),
-    **dict.fromkeys(("Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K"), 1536),
-}
-# Bits of a weight that stays packed on MLX, with two factors for each 32; see compute.mlx.pack.
-_MLX_BITS: Final = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
-_ROUTER: Final = ".mlp.gate.weight"  # always float32
-_EXPANSION: Final = ".kv_b_proj.weight"  # of latent attention: taken apart by head, never packed
-
-
-def _mlx(size: int, process_bytes: int) -> Figures:
-    """With activations of ``size`` bytes."""
-    packed = {kind: (4 * bits + 2 * size) / 32 for kind, bits in _MLX_BITS.items()}
-    return Figures(
-        packing=Packing(
-            bytes_per_weight=packed,
-            otherwise=float(size),
-            group=32,
-            by_name={_ROUTER: 4.0, _EXPANSION: float(size)},
-        ),
-        kv_bytes_per_element=size,
-        page_tokens=1,
-        process_bytes=process_bytes,
-    )
-
-
-# Processes: compute.bench_memory on Linux x86-64 with CPython 3.11, torch 2.13 (CPU build) and
-# mlx 0.32. With compiled kernels 156 MiB before loading, 6 more behind a first step; all of it
-# with code from the cache: a process that compiles itself takes 40 to 90 MiB more. A port on a
-# CPU has the kernels in memory also where torch or MLX then multiplies. Two are not measured:
-# CUDA's context with cuBLAS is NVIDIA's 0.5 GiB and some, MLX on Metal is its 43 MiB on Linux
-# without the kernels and some.
-_FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
-    ("compiled", "cpu"): Figures(
-        packing=Packing(
-            bytes_per_weight={kind: size / 1024 for kind, size in _BLOCK_BYTES.items()},
-            otherwise=4.0,
-            tile=(32, 32),
-            group=32,
-        ),
-        kv_bytes_per_element=4,
-        page_tokens=64,
-        process_bytes=162 * MIB,
-    ),
-    ("torch", "cpu"): Figures(
-        packing=Packing(
-            bytes_per_weight={"F16": 2.0, "BF16": 2.0},
-            otherwise=4.0,
-            by_name={_ROUTER: 4.0, _EXPANSION: 4.0},
-        ),
-        kv_bytes_per_element=4,
-        page_tokens=1,
-        process_bytes=350 * MIB,
-    ),
-    ("torch", "cuda"): Figures(
-        packing=Packing(otherwise=2.0, by_name={_ROUTER: 4.0}),
-        kv_bytes_per_element=2,
-        page_tokens=1,
-        process_bytes=600 * MIB,
-    ),
-    ("mlx", "mlx"): _mlx(2, 60 * MIB),
-    ("mlx", "mlx-wide"): _mlx(4, 190 * MIB),
-}
 
 
 def kernels_for(spec: ModelSpec, device: str) -> Kernels:
@@ -174,7 +84,7 @@ def footprint(
     where = device.partition(":")[0]
     if where == "mlx-cpu" or (where == "mlx" and _mostly(spec, checkpoint) == "F32"):
         where = "mlx-wide"
-    figures = _FIGURES.get((kernels, where))
+    figures = FIGURES.get((kernels, where))
     if figures is None or threads < 1:
         raise ValueError(f"no {kernels} kernels on {device!r} with {threads} threads")
     if kernels == "compiled":
