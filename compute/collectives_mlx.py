@@ -1,6 +1,6 @@
 """Collectives of MLX ranks, by its ring over TCP.
 
-The ring has no time-outs, no epochs, and a process joins it once: so a store checks the epoch
+The ring has no time-outs, no epochs, and a process joins it once: so the ranks meet by other means
 first, every operation runs on a thread of its own that can be left behind, and after a loss the
 process must end. A peer that dies in the very moment of joining ends the others' processes.
 
@@ -40,9 +40,8 @@ class MlxGroup:
 
     backend: Final[Backend] = "mlx"
 
-    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: _Thread, store: Any) -> None:
+    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: _Thread) -> None:
         self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
-        self._store = store  # rank 0 serves it until all have come
         self.epoch = rendezvous.epoch
         self._ring, self._thread = ring, thread
         self._lost: PeerLost | None = None
@@ -53,17 +52,17 @@ class MlxGroup:
         global _joined
         if importlib.util.find_spec("mlx") is None:
             raise JoinRefused("mlx is not installed here: install the extra `mlx`")
-        from compute.rendezvous_store import meet
+        from compute.mlx.meeting import meet
 
         if _joined:
             raise JoinRefused("a process joins an mlx ring once: start a new one")
         if len(rendezvous.ring) != rendezvous.world_size:
             raise JoinRefused("an mlx ring needs the address of every rank")
         deadline_s = time.monotonic() + rendezvous.timeout_s
-        store, _ = meet(rendezvous, deadline_s, listener)
+        meet(rendezvous, deadline_s, listener)
         _joined = True
         ring = _init(rendezvous, max(0.001, deadline_s - time.monotonic()))
-        group = cls(rendezvous, ring, _Thread(), store)
+        group = cls(rendezvous, ring, _Thread())
         group.barrier(timeout_s=max(0.001, deadline_s - time.monotonic()))
         return group
 
