@@ -1,0 +1,214 @@
+"""What a rank would take for every run of layers that it might hold, from a handful of footprints.
+
+A placement looks at thousands of ways to deal layers out; asking ``models.footprint`` for each
+would take minutes. Layers that are stored alike take alike, so one of each is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from control.cost_model import LayerWork, Seat, layer_work
+from models.footprint import Footprint, footprint
+from models.layout import layer_tensors
+from models.mesh import Costs, Experts, Units, mesh, units_of, weight_costs
+from models.sharding import RankShard
+from models.spec import ModelSpec
+
+Table = npt.NDArray[np.float64]  # (layers + 1, layers + 1): of layers ``start`` to ``stop``
+SHARE_UNITS: Final = 100  # shares of a stage are whole parts of this, or of its ranks by four
+_COUNTERS_BYTES: Final = 2048  # at most, that one more layer adds to a workspace
+
+
+class StoredAs(Protocol):
+    """What is asked of a tensor."""
+
+    @property
+    def kind(self) -> str:
+        """Storage format."""
+        ...
+
+    @property
+    def block_columns(self) -> int:
+        """Columns that are stored together."""
+        ...
+
+
+class Stored(Protocol):
+    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
+
+    def tensor(self, name: str) -> StoredAs:
+        """One weight by canonical name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """A model that is not here yet, taken to be stored in one format throughout."""
+
+    kind: str
+    block_columns: int = 32
+
+    def tensor(self, name: str) -> Assumed:
+        """Any weight."""
+        del name
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class RankTable:
+    """One cut on one kind of device.
+
+    Attributes:
+        total_bytes: by run of layers; never less than the footprint of that rank.
+        weights_bytes: of these, the weights.
+        fixed_bytes: what does not go down with the number of layers.
+    """
+
+    total_bytes: Table
+    weights_bytes: Table
+    fixed_bytes: int
+
+
+class Cuts:
+    """One model: its cuts by shares, their tables and their work, each made once.
+
+    Args:
+        spec: the model; stored: how its weights are kept.
+        assumed: there is no checkpoint: units of cuts are the kernels' own.
+        context_tokens, num_slots: of the key/value memory.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        stored: Stored,
+        *,
+        assumed: bool,
+        experts: Experts,
+        context_tokens: int,
+        num_slots: int,
+    ) -> None:
+        self.spec, self.stored, self.experts = spec, stored, experts
+        self.context_tokens, self.num_slots = context_tokens, num_slots
+        self.units = Units() if assumed else units_of(spec, stored)
+        self.costs: Costs = weight_costs(spec)
+        self._layers = self._layer_types()
+        self._ropes = {spec.rope_of(layer): layer for layer in range(spec.num_layers)}
+        self._shards: dict[tuple[float, ...], tuple[RankShard, ...]] = {}
+        self._tables: dict[tuple[object, ...], RankTable] = {}
+        self._works: dict[tuple[object, ...], tuple[LayerWork, LayerWork]] = {}
+
+    def shards(self, shares: tuple[float, ...]) -> tuple[RankShard, ...]:
+        """What each rank of a tensor group has of every layer. Raises IllegalShares."""
+        if shares not in self._shards:
+            self._shards[shares] = self.mesh((shares,))
+        return self._shards[shares]
+
+    def mesh(self, grid: Sequence[Sequence[float]]) -> tuple[RankShard, ...]:
+        """Every rank of a mesh, as the ranks themselves will work it out."""
+        return mesh(
+            self.spec,
+            grid,
+            units=self.units,
+            costs=self.costs,
+            experts=self.experts,
+            split_embedding=True,
+        )
+
+    def needs(self, seat: Seat, shard: RankShard) -> Footprint:
+        """Exactly what a rank takes on a device."""
+        return footprint(
+            self.spec,
+            self.stored,
+            shard,
+            kernels=seat.kernels,
+            device=seat.device,
+            context_tokens=self.context_tokens,
+            num_slots=self.num_slots,
+            threads=seat.threads,
+        )
+
+    def table(self, seat: Seat, shard: RankShard) -> RankTable:
+        """What a rank with this cut takes on a device, by its run of layers."""
+        key = (seat.kernels, seat.kind, seat.threads, *_sizes(shard))
+        if key not in self._tables:
+            self._tables[key] = self._table(seat, shard)
+        return self._tables[key]
+
+    def work(self, shard: RankShard) -> tuple[LayerWork, LayerWork]:
+        """Of a dense layer, and of one with experts."""
+        key = _sizes(shard)
+        if key not in self._works:
+            experts = self.spec.experts
+            dense = experts is None or bool(experts.dense_layers)
+            self._works[key] = (
+                layer_work(self.spec, shard, sparse=False) if dense else LayerWork(0),
+                layer_work(self.spec, shard, sparse=True) if experts else LayerWork(0),
+            )
+        return self._works[key]
+
+    def _table(self, seat: Seat, shard: RankShard) -> RankTable:
+        count = self.spec.num_layers
+
+        def of(start: int, stop: int, *, first: bool = False) -> Footprint:
+            stage = replace(shard.pipeline, start_layer=start, end_layer=stop, is_first_layer=first)
+            return self.needs(seat, replace(shard, pipeline=stage))
+
+        middle, last = of(0, 0), of(count, count)
+        first, both = of(0, 0, first=True), of(count, count, first=True)
+        weights, cache, workspace = np.zeros(count + 1), np.zeros(count + 1), 0
+        alike: dict[tuple[object, ...], tuple[int, int]] = {}
+        for layer, kind in enumerate(self._layers):
+            if kind not in alike:
+                one, none = of(layer, layer + 1), last if layer == count - 1 else middle
+                workspace = max(workspace, one.workspace_bytes)
+                alike[kind] = one.weights_bytes - none.weights_bytes, one.kv_bytes
+            weights[layer + 1], cache[layer + 1] = alike[kind]
+        weights, cache = np.cumsum(weights), np.cumsum(cache)
+        for rope in list(self._ropes)[1:]:
+            workspace += 4 * self.context_tokens * rope.dim
+        workspace += _COUNTERS_BYTES * count
+        ends = np.full((count + 1, count + 1), float(middle.weights_bytes))
+        ends[0, :], ends[:, count] = first.weights_bytes, last.weights_bytes
+        ends[0, count] = both.weights_bytes
+        weights_bytes = weights[None, :] - weights[:, None] + ends
+        fixed = np.full((count + 1, count + 1), float(middle.process_bytes + workspace))
+        fixed[:, count] += max(0, last.workspace_bytes - middle.workspace_bytes)
+        total_bytes = weights_bytes + (cache[None, :] - cache[:, None]) + fixed
+        return RankTable(total_bytes, weights_bytes, int(fixed[0, 0]))
+
+    def _layer_types(self) -> tuple[tuple[object, ...], ...]:
+        """Layers with equal entries take equal memory."""
+        spec, found = self.spec, []
+        names = {sparse: self._names(sparse) for sparse in (False, True)}
+        for layer in range(spec.num_layers):
+            sparse = spec.is_sparse(layer)
+            kinds = [self.stored.tensor(f"layers.{layer}.{n}").kind for n in names[sparse]]
+            found.append((sparse, spec.rope_of(layer), *kinds))
+        return tuple(found)
+
+    def _names(self, sparse: bool) -> list[str]:
+        """Matrices of a layer; experts are stored alike."""
+        if sparse and self.spec.experts is None:
+            return []
+        tensors = layer_tensors(self.spec, sparse=sparse).items()
+        return [
+            name
+            for name, shape in tensors
+            if len(shape) > 1 and not (name.startswith("mlp.experts.") and ".0." not in name)
+        ]
+
+
+def _sizes(shard: RankShard) -> tuple[object, ...]:
+    """Cuts with equal entries take equal memory and time."""
+    cut = (shard.query_heads, shard.ffn, shard.expert_ffn, shard.shared_ffn)
+    aligned = tuple((part.start % 32, part.stop % 32) for part in cut)
+    others = (shard.kv_heads, shard.experts, shard.vocab, shard.embedding)
+    sizes = tuple(len(part) for part in (*cut, *others))
+    return (shard.tensor.device_rank == 0, *sizes, *aligned)
