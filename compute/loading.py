@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,14 @@ def _check_room(
 ) -> None:
     if not order.limit_bytes:
         return
+    kernels = kernels_for(checkpoint.spec, device)
+    no_gpu = kernels == "mlx" and sys.platform != "darwin"
     estimate = footprint(
         checkpoint.spec,
         checkpoint,
         shard,
-        kernels=kernels_for(checkpoint.spec, device),
-        device=device,
+        kernels=kernels,
+        device="mlx-cpu" if no_gpu else device,
         context_tokens=context_tokens,
         num_slots=order.num_slots,
         threads=threads,
