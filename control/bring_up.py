@@ -25,6 +25,7 @@ from control.load_options import LoadOptions
 from control.placement import MEMORY, decide
 from control.placement_request import Defaults, Host, Request
 from control.rank import RankLimits
+from control.reconcile import Running
 from models.checkpoint import open_checkpoint
 from models.errors import ModelError
 
@@ -139,10 +140,10 @@ async def take_down(
     me.send(books, (Atom("stopped"), instance))
 
 
-async def running_instances(me: Process) -> list[Any]:
-    """``(spec, group pid, history)`` of each instance that runs, once the tree is up."""
+async def running_instances(me: Process) -> list[Running]:
+    """Each instance that runs, once the tree is up."""
     await wait_for_names(me, ("model_store", "ports", "instance_sup"))
-    found = []
+    found: list[Running] = []
     for id_, group, _, _ in await _which_children(me):
         if not isinstance(group, Pid):
             continue

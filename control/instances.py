@@ -6,10 +6,9 @@ The scheduler's hands: what it hears of its helpers and of coordinators ends in 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY
@@ -26,6 +25,7 @@ from control.lookup import Lookup, Resolved
 from control.machine import Machine
 from control.placement_request import Defaults, Host, host_of
 from control.rank import RankLimits
+from control.reconcile import Running, reconcile
 
 log = logging.getLogger("control.scheduler")
 
@@ -284,27 +284,12 @@ class Instances:
                     gen_server.reply(self._me, from_, Atom("ok"))
         self._on_change()
 
-    def take_over(self, running: list[Any]) -> None:
-        """After a restart of the scheduler: keep what runs, start what should run but does not.
-
-        Args:
-            running: ``(spec, group, history)`` of each, see ``bring_up.running_instances``.
-        """
-        wanted_of = {wanted.id: wanted for wanted in self._desired.now.wanted}
-        for spec, group, history in running:
-            wanted = wanted_of.get(spec.id)
-            record = Record(
-                spec.id,
-                spec.model,
-                wanted or Wanted(spec.id, spec.model),
-                on_demand=wanted is None,
-                state="recovering",
-                ever_ready=True,
-                spec=spec,
-            )
-            record.history, record.group = history, self._me.monitor(group)
+    def take_over(self, running: Sequence[Running]) -> None:
+        """After a restart of the scheduler: keep what runs, start what should run but does not."""
+        kept, missing = reconcile(running, self._desired.now)
+        for record, group in kept:
+            record.group = self._me.monitor(group)
             self._books.add(record)
-            self._me.send(Atom(spec.id), Atom("announce"))
-        for wanted in self._desired.now.wanted:
-            if wanted.id not in self._books:
-                self._begin_again(Record(wanted.id, wanted.model, wanted, ever_ready=True))
+            self._me.send(Atom(record.id), Atom("announce"))
+        for record in missing:
+            self._begin_again(record)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
@@ -40,6 +39,7 @@ from control.instance_spec import InstanceSpec
 from control.instances import Instances, Terms
 from control.load_options import LoadOptions
 from control.lookup import Lookup, Resolved
+from control.reconcile import Running
 
 AT_ONCE = ("wanted", "instances")  # calls that need no complete books
 
@@ -210,7 +210,7 @@ class Scheduler(GenServer):
     async def _find_running(self, me: Process) -> None:
         me.send(self.me.pid, (Atom("running"), await bring_up.running_instances(me)))
 
-    def _on_running(self, running: list[Any]) -> None:
+    def _on_running(self, running: list[Running]) -> None:
         """Take over what runs, then answer who waited."""
         self._instances.take_over(running)
         self._complete = True
