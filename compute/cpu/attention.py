@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from compute.cpu import tables as t
+from compute.cpu.functions import exp, tanh
 from compute.cpu.jit import inner
 from compute.cpu.vector import (
     add,
     div,
-    exp,
     fma,
     lane_numbers,
     larger,
@@ -33,7 +33,7 @@ from compute.cpu.vector import (
     where_less,
 )
 
-ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
+ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 NEVER = np.float32(-np.inf)
 PAGE = t.PAGE_TOKENS
 
@@ -54,13 +54,6 @@ def feature(base: Any, rows: Any, row: Any, index: Any) -> Any:
 def sum_of(sums: Any, rows: Any, row: Any, index: Any) -> Any:
     """Address of the sum of 16 features in ``(groups, rows, 2)``."""
     return sums + ((index >> 5) * rows + row) * 8 + ((index >> 4) & 1) * 4
-
-
-@inner
-def tanh(x: Any) -> Any:
-    """Hyperbolic tangent of each lane."""
-    e = exp(mul(x, splat(TWO)))
-    return sub(splat(ONE), div(splat(TWO), add(e, splat(ONE))))
 
 
 @inner

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from compute.cpu import tables as t
-from compute.cpu.attention import tanh
+from compute.cpu.functions import exp, tanh
 from compute.cpu.jit import inner
 from compute.cpu.matmul import UNPACKED_BYTES, multiply_tile
 from compute.cpu.sync import finish, join, take
 from compute.cpu.vector import (
     add,
     div,
-    exp,
     load,
     mul,
     splat,

@@ -12,11 +12,11 @@ import numpy as np
 
 from compute.cpu import tables as t
 from compute.cpu.attention import feature, load_index
+from compute.cpu.functions import exp
 from compute.cpu.jit import inner
 from compute.cpu.vector import (
     add,
     div,
-    exp,
     lane_numbers,
     larger,
     load,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compute.cpu import sync, vector
+from compute.cpu import functions, sync, vector
 from compute.cpu.crew import Crew
 from compute.cpu.jit import entry
 from compute.cpu.layout import TILE
@@ -50,7 +50,7 @@ def read_element(kind: Any, p: Any, groups: Any, row: Any, column: Any) -> Any:
 @entry
 def exponentials(source: Any, target: Any, count: Any) -> None:
     for i in range(0, count, 16):
-        vector.store(target + i * 4, vector.exp(vector.load(source + i * 4)))
+        vector.store(target + i * 4, functions.exp(vector.load(source + i * 4)))
 
 
 @entry
