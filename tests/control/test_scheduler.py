@@ -160,22 +160,26 @@ def test_a_refused_load_leaves_nothing_behind(
     run(tmp_path, body)
 
 
-@pytest.mark.parametrize("model", ["tiny", "slow"])
-def test_what_is_unloaded_while_it_comes_up_is_gone(tmp_path: Path, model: str) -> None:
+def test_what_is_unloaded_while_it_comes_up_is_gone(tmp_path: Path) -> None:
     """Word of its helper that was under way must not bring it back."""
 
     async def body(me: Process, node: Node) -> None:
-        load: Term = (A("load"), model, {})
-        loads = []
-        for _ in range(5):
-            loads.append(asyncio.ensure_future(gen_server.node_call(node, A("scheduler"), load)))
+        for message in [
+            (A("prepared"), "slow-1", spec("slow-1")),
+            (A("failed"), "slow-1", A("x"), "x"),
+        ]:
+            load: Term = (A("load"), "slow", {})
+            loading = asyncio.ensure_future(gen_server.node_call(node, A("scheduler"), load))
             rows: list[Any] = []
             while not rows:
                 rows = await instances(me)
-            assert await ask(me, "unload", rows[0]["id"]) == A("ok")
+            unload: Term = (A("unload"), "slow-1")
+            gone = asyncio.ensure_future(gen_server.node_call(node, A("scheduler"), unload))
+            await asyncio.sleep(0)  # it is in the mailbox
+            me.send(A("scheduler"), message)
+            assert await gone == A("ok")
             assert await instances(me) == []
-        for answer in await asyncio.gather(*loads):
-            assert answer[0] in ("ok", "error")
+            assert (await loading)[:2] == (A("error"), A("unloaded"))
         assert read_desired(tmp_path / "desired.json").wanted == ()
 
     run(tmp_path, body)
