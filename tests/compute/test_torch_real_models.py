@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,42 @@ def test_every_mesh_gives_the_greedy_tokens_of_the_compiled_kernels(model: str) 
     for shape in SHAPES:
         with cut(path, shape, load) as mesh:
             assert greedy(path, mesh) == expected, str(shape)
+
+
+LOADING = """
+import json, sys
+from pathlib import Path
+import torch
+from compute.torch.engine import TorchStage
+from models.checkpoint import open_checkpoint
+from models.mesh import grid, mesh, units_of
+
+def resident_bytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+spec = checkpoint.spec
+shard = mesh(spec, grid((1, 1)), units=units_of(spec, checkpoint), split_embedding=True)[1]
+torch.randn(64, 64) @ torch.randn(64, 64)  # the library's own buffers
+before = resident_bytes("VmRSS")
+stage = TorchStage.load(
+    checkpoint, shard, context_tokens=64, num_slots=1, threads=1, device="cpu",
+    on_progress=lambda done, total: None,
+)
+print(json.dumps([stage.weights_bytes, resident_bytes("VmHWM") - before]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_loading_never_holds_much_more_than_the_slice() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(model_path(SMOLLM2))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    slice_bytes, peak_bytes = json.loads(done.stdout)
+    assert slice_bytes > 200e6
+    assert peak_bytes < 1.3 * slice_bytes

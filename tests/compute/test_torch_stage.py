@@ -24,6 +24,7 @@ from models.footprint import footprint
 from models.mesh import mesh, units_of, whole
 from models.plans import slices_of
 from models.sharding import RankShard
+from models.spec import RopeSpec
 from tests.compute.families import FAMILIES, NUM_SLOTS, VOCAB, on_torch, sequences
 from tests.compute.oracle import ask
 from tests.compute.thread_group import thread_groups
@@ -294,3 +295,13 @@ def test_a_step_puts_single_tokens_first() -> None:
     assert masks[1] is not None
     # position 7 sees 6 and 7, and so on: positions from 6 on
     assert masks[1].int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_rotations_of_a_step_follow_positions_and_divisors() -> None:
+    step = Step([Row(0, (1, 1), 5)], device=torch.device("cpu"), padded=False)
+    rope = RopeSpec(theta=100.0, dim=4, scaling="divisors", divisors=(1.0, 4.0))
+    cosines, sines = step.turns(rope)
+    angles = torch.tensor([[[5.0, 5 / 10 / 4]], [[6.0, 6 / 10 / 4]]])
+    torch.testing.assert_close(cosines, angles.cos())
+    torch.testing.assert_close(sines, angles.sin())
+    assert step.turns(rope)[0] is cosines
