@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from control.cost_model import FLOAT_BYTES, Estimate, Goal, Network, Policy, Seat, Stages
+from control.cost_model import FLOAT_BYTES, Estimate, Goal, Network, Policy, Seat, Speed, Stages
 from control.errors import NoPlacement
 from control.rank_bytes import SHARE_UNITS, Cuts
 from control.stage_split import least_peak, least_sum, within
@@ -70,6 +70,8 @@ class Appraiser:
     current: tuple[tuple[str, str], ...] = ()
     asked_shares: tuple[float, ...] = ()
     _fetch: dict[str, float] = field(default_factory=dict)
+    _layer_s: dict[Speed, float] = field(default_factory=dict)
+    _bytes: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> tuple[tuple[int, int], ...]:
@@ -127,8 +129,10 @@ class Appraiser:
 
     def layer_s(self, seat: Seat) -> float:
         """Seconds that an average layer takes alone on a device, over all steps compared."""
-        total = sum(self._alone(seat, positions) * n for positions, n in self.steps)
-        return total / self.cuts.spec.num_layers
+        if seat.speed not in self._layer_s:
+            total = sum(self._alone(seat, positions) * n for positions, n in self.steps)
+            self._layer_s[seat.speed] = total / self.cuts.spec.num_layers
+        return self._layer_s[seat.speed]
 
     def refuse(self, stages: Stages, why: str) -> NoPlacement:
         """A refusal that names the shape."""
@@ -136,18 +140,25 @@ class Appraiser:
 
     def fixed_bytes(self, seat: Seat, tensor: int) -> int:
         """About what one of so many tensor ranks takes beside weights and cache."""
-        shard = self.cuts.shards((1.0,) * tensor)[0]
-        return self.cuts.table(seat, shard).fixed_bytes
+        key = seat.kernels, seat.kind, seat.threads, tensor
+        if key not in self._bytes:
+            shard = self.cuts.shards((1.0,) * tensor)[0]
+            self._bytes[key] = self.cuts.table(seat, shard).fixed_bytes
+        return int(self._bytes[key])
 
     def whole_bytes(self, seat: Seat) -> float:
         """Weights and cache of the whole model as this device keeps them."""
-        table = self.cuts.table(seat, self.cuts.shards((1.0,))[0])
-        return float(table.total_bytes[0, -1]) - table.fixed_bytes
+        key = seat.kernels, seat.kind, 0, 0
+        if key not in self._bytes:
+            table = self.cuts.table(seat, self.cuts.shards((1.0,))[0])
+            self._bytes[key] = float(table.total_bytes[0, -1]) - table.fixed_bytes
+        return self._bytes[key]
 
     def fetch_rate(self, node: str) -> float:
         """Bytes a second at which files would come; infinity where they are."""
         if node not in self._fetch:
-            links = [self.network.between(peer, node) for peer in self.files if peer != node]
+            topology = self.network.topology
+            links = [topology.link(peer, node) for peer in self.files if peer != node]
             rates = [link.bytes_per_s for link in links if link]
             best = max(rates, default=self.policy.outside_bytes_per_s)
             self._fetch[node] = math.inf if node in self.files else best

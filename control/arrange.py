@@ -47,7 +47,8 @@ class Arranger:
     seats: Sequence[Seat]
     max_tensor: int
     max_stages: int
-    _layer_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    _layer_s: dict[int, float] = field(default_factory=dict)  # by id: seats live as long
+    _rooms: dict[tuple[int, int], float] = field(default_factory=dict)
     _sums: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def every(self) -> Iterator[Stages]:
@@ -74,15 +75,15 @@ class Arranger:
                     stages = _deal(chosen, tensor, pipeline)
                     if _alike(stages):
                         yield stages
-                        if pipeline > 1:
-                            yield stages[::-1]
 
     def chained(self, stages: Stages) -> list[Stages]:
-        """The same stages, each beside the nearest that is left, from either end."""
-        if not 2 < len(stages) <= _CHAINED:
+        """The same stages the other way round, and each beside the nearest that is left."""
+        if len(stages) == 1:
             return []
+        if len(stages) == 2 or len(stages) > _CHAINED:
+            return [stages[::-1]]
         size_bytes = FLOAT_BYTES * self.on.cuts.spec.hidden_size
-        found = []
+        found = [stages[::-1]]
         for start in (stages[0], stages[-1]):
             chain, left = [start], [stage for stage in stages if stage is not start]
             while left:
@@ -96,12 +97,11 @@ class Arranger:
         on, tensor, count = self.on, len(stages[0]), self.on.cuts.spec.num_layers
         each: list[tuple[float, float]] = []
         for stage in stages:
-            alone = 1 / sum(1 / self._layer(seat) for seat in stage)
-            room = sum(
-                max(0, seat.free_bytes - on.fixed_bytes(seat, tensor)) / on.whole_bytes(seat)
-                for seat in stage
-            )
-            each.append((alone + (self._sum(stage) if tensor > 1 else 0.0), room))
+            rate = room = 0.0
+            for seat in stage:
+                rate += 1 / self._layer(seat)
+                room += self._room(seat, tensor)
+            each.append((1 / rate + (self._sum(stage) if tensor > 1 else 0.0), room))
         room = sum(part for _, part in each)
         if room < 1:
             return Rough(math.inf, room, stages)
@@ -111,11 +111,10 @@ class Arranger:
             left -= more
             total_s += layer_s * (1 + more * count)
         total_s += self._messages(stages)
-        if self.on.goal is Goal.THROUGHPUT:
+        if on.goal is Goal.THROUGHPUT:
             total_s /= on.cuts.num_slots
-        nodes = {seat.node for stage in stages for seat in stage}
-        part_bytes = on.whole_bytes(stages[0][0]) / sum(map(len, stages))
-        fetch_s = part_bytes / min(on.fetch_rate(node) for node in nodes)
+        slowest = min(on.fetch_rate(seat.node) for stage in stages for seat in stage)
+        fetch_s = on.whole_bytes(stages[0][0]) / (len(stages) * tensor) / slowest
         return Rough(on.policy.requests * total_s + fetch_s, room, stages)
 
     # -- inside ----------------------------------------------------------------------------
@@ -124,10 +123,19 @@ class Arranger:
         return self._layer(seat), seat.node, seat.device
 
     def _layer(self, seat: Seat) -> float:
-        key = (seat.node, seat.device)
-        if key not in self._layer_s:
-            self._layer_s[key] = self.on.layer_s(seat)
-        return self._layer_s[key]
+        found = self._layer_s.get(id(seat))
+        if found is None:
+            found = self._layer_s[id(seat)] = self.on.layer_s(seat)
+        return found
+
+    def _room(self, seat: Seat, tensor: int) -> float:
+        """Parts of the model that a device holds, as one of so many tensor ranks."""
+        found = self._rooms.get((id(seat), tensor))
+        if found is None:
+            free_bytes = seat.free_bytes - self.on.fixed_bytes(seat, tensor)
+            found = max(0.0, free_bytes / self.on.whole_bytes(seat))
+            self._rooms[id(seat), tensor] = found
+        return found
 
     def _sum(self, stage: Sequence[Seat]) -> float:
         """Seconds that sums take in a layer, over all steps."""
@@ -145,12 +153,12 @@ class Arranger:
         """Hops, orders and logits, over all steps."""
         network, spec = self.on.network, self.on.cuts.spec
         head, total_s = stages[-1][0], 0.0
-        for positions, n in self.on.steps:
-            size_bytes = FLOAT_BYTES * spec.hidden_size * positions
-            hops = sum(network.hop_s(a, b, size_bytes) for a, b in pairwise(stages))
-            if stages[0][0] is not head:
-                hops += network.seconds(head.node, stages[0][0].node, ORDER_BYTES)
-            total_s += n * hops
+        if len(stages) > 1:
+            for positions, n in self.on.steps:
+                size_bytes = FLOAT_BYTES * spec.hidden_size * positions
+                for before, after in pairwise(stages):
+                    total_s += n * network.hop_s(before, after, size_bytes)
+                total_s += n * network.seconds(head.node, stages[0][0].node, ORDER_BYTES)
         slots, tokens = self.on.steps[-1]
         nodes = [seat.node for seat in stages[-1]]
         return total_s + tokens * network.gather_s(nodes, FLOAT_BYTES * slots * spec.vocab_size)
@@ -164,13 +172,7 @@ class Arranger:
 
     def _sizes(self) -> list[int]:
         """Numbers of ranks: few, about as many as memory needs, and some more."""
-        rooms = sorted(
-            (
-                max(0, seat.free_bytes - self.on.fixed_bytes(seat, 1)) / self.on.whole_bytes(seat)
-                for seat in self.seats
-            ),
-            reverse=True,
-        )
+        rooms = sorted((self._room(seat, 1) for seat in self.seats), reverse=True)
         need, room = 0, 0.0
         while need < len(rooms) and room < 1:
             room += rooms[need]
@@ -188,16 +190,21 @@ class Arranger:
         roomy_at = {id(seat): i for i, seat in enumerate(roomy)}
         for leader in self._leaders(fast, roomy[0], most):
             row = self.topology.row(leader.node)
-            near = {
-                id(seat): _distance(row[seat.node].latency_s) if seat.node != leader.node else 0
-                for seat in fast
-                if seat.node == leader.node or seat.node in row
-            }
+            far: dict[float, int] = {}
+            near = {}
+            for seat in fast:
+                if seat.node == leader.node:
+                    near[id(seat)] = 0
+                elif (link := row.get(seat.node)) is not None:
+                    if link.latency_s not in far:
+                        far[link.latency_s] = _distance(link.latency_s)
+                    near[id(seat)] = far[link.latency_s]
             rest = [seat for seat in fast if id(seat) in near and seat is not leader]
             yield self._linked([leader, *sorted(rest, key=lambda s: near[id(s)])], most)
             rest.sort(key=lambda s: roomy_at[id(s)])
-            yield self._linked([leader, *rest], most)
             yield self._linked([leader, *sorted(rest, key=lambda s: near[id(s)])], most)
+            if leader in (fast[0], roomy[0]):
+                yield self._linked([leader, *rest], most)
 
     def _leaders(self, fast: Sequence[Seat], roomiest: Seat, most: int) -> list[Seat]:
         """Fast machines far from each other, and the one with the most memory."""

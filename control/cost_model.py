@@ -72,6 +72,7 @@ class Seat:
     """A device that may take one rank.
 
     Attributes:
+        kind: ``cpu``, ``cuda`` or ``mlx``; ranks of one tensor group are of one kind.
         device: where it would run, such as ``cpu:0``; told: what its port is told.
         pool: the memory it takes of, as in ``control.placement.RankPlace``.
         free_bytes: of that memory.
@@ -79,6 +80,7 @@ class Seat:
     """
 
     node: str
+    kind: str
     device: str
     told: str
     pool: str
@@ -88,16 +90,12 @@ class Seat:
     speed: Speed
     measured: bool = True
 
-    @property
-    def kind(self) -> str:
-        """``cpu``, ``cuda`` or ``mlx``: ranks of one tensor group are of one kind."""
-        return self.device.partition(":")[0]
-
     def __str__(self) -> str:
         return f"{self.node} {self.device}"
 
 
 Stages = tuple[tuple[Seat, ...], ...]  # [stage][tensor rank]
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,43 +194,42 @@ def layer_work(spec: ModelSpec, shard: RankShard, *, sparse: bool) -> LayerWork:
 
 @dataclass(slots=True)
 class Network:
-    """Times of messages between machines; looks each pair up once."""
+    """Times of messages between machines; looks each pair up once.
+
+    A pair is ``(latency_s, bytes_per_s)``, both directions at the worse figure.
+    """
 
     topology: Topology
-    _pairs: dict[tuple[str, str], Link | None] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Pair | None] = field(default_factory=dict)
+    _worst: dict[tuple[str, ...], Pair | None] = field(default_factory=dict)
 
-    def between(self, a: str, b: str) -> Link | None:
-        """Both directions of a pair as one link, at the worse figures; None without either."""
+    def between(self, a: str, b: str) -> Pair | None:
+        """Of two machines, or of the devices of one; None unless both directions are there."""
         if (a, b) not in self._pairs:
             there, back = self.topology.link(a, b), self.topology.link(b, a)
-            found = None
             if a == b:
-                found = there or INSIDE
-            elif there and back:
-                found = Link(
-                    there.kind,
-                    max(there.latency_s, back.latency_s),
-                    min(there.bytes_per_s, back.bytes_per_s),
-                )
+                there = back = there or INSIDE
+            found = None
+            if there and back:
+                latency_s = max(there.latency_s, back.latency_s)
+                found = latency_s, min(there.bytes_per_s, back.bytes_per_s)
             self._pairs[a, b] = self._pairs[b, a] = found
         return self._pairs[a, b]
 
     def seconds(self, a: str, b: str, size_bytes: float) -> float:
         """Of one message; infinity where there is no link."""
-        link = self.between(a, b)
-        return link.seconds(size_bytes) if link else math.inf
+        return _seconds(self.between(a, b), size_bytes)
 
-    def worst(self, nodes: Sequence[str]) -> Link | None:
+    def worst(self, nodes: tuple[str, ...]) -> Pair | None:
         """Worst figures of all pairs; None where one is missing."""
-        latency_s, bytes_per_s = 0.0, math.inf
-        for i, a in enumerate(nodes):
-            for b in nodes[:i]:
-                link = self.between(a, b)
-                if link is None:
-                    return None
-                latency_s = max(latency_s, link.latency_s)
-                bytes_per_s = min(bytes_per_s, link.bytes_per_s)
-        return Link(Kind.ETHERNET, latency_s, bytes_per_s) if nodes[1:] else INSIDE
+        if nodes not in self._worst:
+            pairs = [self.between(a, b) for i, a in enumerate(nodes) for b in nodes[:i]]
+            known = [pair for pair in pairs if pair is not None]
+            found = (INSIDE.latency_s, INSIDE.bytes_per_s)
+            if known:
+                found = max(pair[0] for pair in known), min(pair[1] for pair in known)
+            self._worst[nodes] = found if len(known) == len(pairs) else None
+        return self._worst[nodes]
 
     def sum_s(self, nodes: Sequence[str], kind: str, size_bytes: float) -> float:
         """An all-reduce over ranks on these machines (one entry a rank).
@@ -242,29 +239,26 @@ class Network:
 
         Source: ``compute.collectives_host``; Patarasuk and Yuan 2009 for the ring.
         """
-        hosts = sorted(set(nodes))
+        hosts = tuple(sorted(set(nodes)))
         total = 0.0
-        for host in hosts:
-            if nodes.count(host) > 1:
-                total = max(total, 2 * self.seconds(host, host, size_bytes))
+        if len(hosts) < len(nodes):
+            shared = (host for host in hosts if nodes.count(host) > 1)
+            total = max(2 * self.seconds(host, host, size_bytes) for host in shared)
         if len(hosts) == 1:
             return total
-        link, others = self.worst(hosts), len(hosts) - 1
-        if link is None:
-            return math.inf
+        pair, others = self.worst(hosts), len(hosts) - 1
         if kind == "mlx":
-            return total + 2 * others * link.seconds(size_bytes / len(hosts))
+            return total + 2 * others * _seconds(pair, size_bytes / len(hosts))
         if others == 1 or size_bytes <= ONE_SHOT_BYTES:
-            return total + link.seconds(others * size_bytes)
-        return total + 2 * link.seconds(others * size_bytes / len(hosts))
+            return total + _seconds(pair, others * size_bytes)
+        return total + 2 * _seconds(pair, others * size_bytes / len(hosts))
 
     def gather_s(self, nodes: Sequence[str], size_bytes: float) -> float:
         """Everybody's part to everybody; ``size_bytes`` is the whole."""
         others = len(nodes) - 1
         if not others:
             return 0.0
-        link = self.worst(sorted(set(nodes)))
-        return link.seconds(size_bytes * others / len(nodes)) if link else math.inf
+        return _seconds(self.worst(tuple(sorted(set(nodes)))), size_bytes * others / len(nodes))
 
     def hop_s(self, before: Sequence[Seat], after: Sequence[Seat], size_bytes: float) -> float:
         """Activations from each rank of a stage to its counterpart in the next."""
@@ -276,3 +270,7 @@ class Network:
         head = stages[-1][0].node
         others = [seat.node for seat in stages[0] if seat is not stages[-1][0]]
         return max((self.seconds(head, node, ORDER_BYTES) for node in others), default=0.0)
+
+
+def _seconds(pair: Pair | None, size_bytes: float) -> float:
+    return pair[0] + size_bytes / pair[1] if pair else math.inf

@@ -13,6 +13,7 @@ from control.load_options import MeshShape
 from models.mesh import Costs, stages
 
 _MOST = 1e12  # what a share may be
+_READ = 8  # stages whose shares somebody might read
 
 
 def shape_of(
@@ -27,7 +28,8 @@ def shape_of(
     """
     tensor = len(shares[0])
     plain = [float(len(run)) for run in layers]
-    if len(layers) == 1 or stages(costs, plain) == tuple(layers):
+    few = len(layers) <= _READ
+    if len(layers) == 1 or (few and stages(costs, plain) == tuple(layers)):
         weights = plain if len(layers) > 1 else [1.0]
     else:  # a stage's own cost: only this way do all have the same load
         weights = [costs.of(run.start, run.stop) for run in layers]

@@ -80,9 +80,9 @@ class Search:
             every = [stages for stages in self.arranger.every() if self._is_asked(stages)]
             self.num_considered = len(every)
             return self._rows([self.on.work_out(stages) for stages in every] + self._plain(), [])
-        rough: dict[tuple[int, tuple[Seat, ...]], Rough] = {}
+        rough: dict[tuple[int, ...], Rough] = {}
         for stages in self.arranger.likely(self.shape):
-            key = len(stages), tuple(seat for stage in stages for seat in stage)
+            key = (len(stages), *(id(seat) for stage in stages for seat in stage))
             if key not in rough:
                 rough[key] = self.arranger.rough(stages)
         self.num_considered = len(rough)
@@ -113,7 +113,7 @@ class Search:
             fits = any(one.refusal is None for one in found)
             if tried >= MOST_TRIED or (fits and number >= FINALISTS):
                 break
-            chosen = list(arrangements[:1])
+            chosen = [arrangements[0], arrangements[0][::-1]]
             if number < THOROUGH:
                 chosen += [*arrangements[1:2], *self.arranger.chained(arrangements[0])]
             if not fits:

@@ -30,7 +30,7 @@ from models.spec import ModelSpec
 __all__ = ["Fenced", "Goal", "Member", "Option", "Plan", "Policy", "plan"]
 
 Strategy = Literal["cost", "greedy"]
-MOST_SHOWN: Final = 3  # options whose ranks are listed
+MOST_SHOWN: Final = 2  # options whose ranks are listed
 MOST_SPLIT: Final = 8  # tensor ranks that the least part of a model is taken for
 
 
@@ -172,8 +172,6 @@ def _explain(
         candidate = Candidate(shape=MeshShape.even(*_size(found)), refusal=found.refusal)
         if found.estimate is not None and shown < MOST_SHOWN:
             candidate, shown = _candidate(request, row), shown + 1
-        elif found.estimate is not None:
-            candidate = replace(candidate, shape=_shape(request, row))
         option = Option(candidate=candidate, engine=row.engine, estimate=found.estimate)
         if best is None and found.estimate is not None and candidate.refusal is None:
             best = option
@@ -255,7 +253,7 @@ def _fence(
         elif (
             seat.free_bytes < whole
             and len(nodes) > 1
-            and nodes.isdisjoint(topology.neighbours(seat.node))
+            and not any(other in nodes for other in topology.row(seat.node) if other != seat.node)
         ):
             why = f"no link to another machine that computes; {room}, all takes {gb(whole)}"
             fenced.append(Fenced(seat.node, why))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Protocol
 
 import numpy as np
@@ -98,10 +99,15 @@ class Cuts:
         self.context_tokens, self.num_slots = context_tokens, num_slots
         self.units = Units() if assumed else units_of(spec, stored)
         self.costs: Costs = weight_costs(spec)
-        self._layers = self._layer_types()
-        self._ropes = {spec.rope_of(layer): layer for layer in range(spec.num_layers)}
+        types = self._layer_types()
+        self._kept = tuple(
+            {kind: layer for layer, kind in reversed(list(enumerate(types)))}.values()
+        )
+        kept = [types[layer] for layer in self._kept]
+        self._layers = tuple(kept.index(kind) for kind in types)  # by layer, the kept one like it
         self._shards: dict[tuple[float, ...], tuple[RankShard, ...]] = {}
         self._tables: dict[tuple[object, ...], RankTable] = {}
+        self._needs: dict[tuple[object, ...], Footprint] = {}
         self._works: dict[tuple[object, ...], tuple[LayerWork, LayerWork]] = {}
 
     def shards(self, shares: tuple[float, ...]) -> tuple[RankShard, ...]:
@@ -121,11 +127,18 @@ class Cuts:
             split_embedding=True,
         )
 
-    def needs(self, seat: Seat, shard: RankShard) -> Footprint:
-        """Exactly what a rank takes on a device."""
+    def needs(self, seat: Seat, shard: RankShard, *, short: bool = False) -> Footprint:
+        """Exactly what a rank takes on a device; ``short``: of the model in short."""
+        key = (seat.kernels, seat.kind, seat.threads, shard.pipeline, *_sizes(shard), short)
+        if key not in self._needs:
+            self._needs[key] = self._footprint(seat, shard, short)
+        return self._needs[key]
+
+    def _footprint(self, seat: Seat, shard: RankShard, short: bool) -> Footprint:
+        spec, stored = self._short if short else (self.spec, self.stored)
         return footprint(
-            self.spec,
-            self.stored,
+            spec,
+            stored,
             shard,
             kernels=seat.kernels,
             device=seat.device,
@@ -153,34 +166,58 @@ class Cuts:
             )
         return self._works[key]
 
+    @cached_property
+    def _short(self) -> tuple[ModelSpec, Stored]:
+        """The model with one layer of each kind: a footprint walks over all layers there are."""
+        spec, experts = self.spec, self.spec.experts
+        if experts is not None:
+            dense = [i for i, layer in enumerate(self._kept) if not spec.is_sparse(layer)]
+            experts = replace(experts, dense_layers=tuple(dense))
+        short = replace(
+            spec,
+            num_layers=len(self._kept),
+            windows=tuple(spec.windows[layer] for layer in self._kept),
+            experts=experts,
+        )
+        return short, _Short(self.stored, self._kept)
+
     def _table(self, seat: Seat, shard: RankShard) -> RankTable:
+        short = seat.kernels != "mlx"  # which asks what most of the file is stored as
+        kept = range(len(self._kept)) if short else self._kept
         count = self.spec.num_layers
+        stop = len(self._kept) if short else count
 
-        def of(start: int, stop: int, *, first: bool = False) -> Footprint:
-            stage = replace(shard.pipeline, start_layer=start, end_layer=stop, is_first_layer=first)
-            return self.needs(seat, replace(shard, pipeline=stage))
+        def of(layers: range, *, first: bool = False) -> Footprint:
+            stage = replace(
+                shard.pipeline,
+                start_layer=layers.start,
+                end_layer=layers.stop,
+                is_first_layer=first,
+            )
+            return self.needs(seat, replace(shard, pipeline=stage), short=short)
 
-        middle, last = of(0, 0), of(count, count)
-        first, both = of(0, 0, first=True), of(count, count, first=True)
-        weights, cache, workspace = np.zeros(count + 1), np.zeros(count + 1), 0
-        alike: dict[tuple[object, ...], tuple[int, int]] = {}
-        for layer, kind in enumerate(self._layers):
-            if kind not in alike:
-                one, none = of(layer, layer + 1), last if layer == count - 1 else middle
-                workspace = max(workspace, one.workspace_bytes)
-                alike[kind] = one.weights_bytes - none.weights_bytes, one.kv_bytes
-            weights[layer + 1], cache[layer + 1] = alike[kind]
-        weights, cache = np.cumsum(weights), np.cumsum(cache)
-        for rope in list(self._ropes)[1:]:
-            workspace += 4 * self.context_tokens * rope.dim
+        middle, last = of(range(0)), of(range(stop, stop))
+        first, both = of(range(0), first=True), of(range(stop, stop), first=True)
+        weights, cache, workspace = [], [], 0
+        for layer in kept:
+            one = of(range(layer, layer + 1))
+            none = last if layer + 1 == stop else middle
+            extra = none.workspace_bytes - middle.workspace_bytes  # of giving logits
+            workspace = max(workspace, one.workspace_bytes - max(0, extra))
+            weights.append(one.weights_bytes - none.weights_bytes)
+            cache.append(one.kv_bytes)
+        ropes = list(dict.fromkeys(self.spec.rope_of(layer) for layer in self._kept))
+        workspace += sum(4 * self.context_tokens * rope.dim for rope in ropes[1:])
         workspace += _COUNTERS_BYTES * count
+        until_weights = np.cumsum([0.0, *(weights[i] for i in self._layers)])
+        until_cache = np.cumsum([0.0, *(cache[i] for i in self._layers)])
         ends = np.full((count + 1, count + 1), float(middle.weights_bytes))
         ends[0, :], ends[:, count] = first.weights_bytes, last.weights_bytes
         ends[0, count] = both.weights_bytes
-        weights_bytes = weights[None, :] - weights[:, None] + ends
+        weights_bytes = until_weights[None, :] - until_weights[:, None] + ends
         fixed = np.full((count + 1, count + 1), float(middle.process_bytes + workspace))
         fixed[:, count] += max(0, last.workspace_bytes - middle.workspace_bytes)
-        total_bytes = weights_bytes + (cache[None, :] - cache[:, None]) + fixed
+        total_bytes = weights_bytes + (until_cache[None, :] - until_cache[:, None]) + fixed
         return RankTable(total_bytes, weights_bytes, int(fixed[0, 0]))
 
     def _layer_types(self) -> tuple[tuple[object, ...], ...]:
@@ -203,6 +240,21 @@ class Cuts:
             for name, shape in tensors
             if len(shape) > 1 and not (name.startswith("mlp.experts.") and ".0." not in name)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """A checkpoint whose layers are some of another's."""
+
+    whole: Stored
+    kept: tuple[int, ...]
+
+    def tensor(self, name: str) -> StoredAs:
+        """One weight by canonical name."""
+        parts = name.split(".", 2)
+        if parts[0] == "layers":
+            name = f"layers.{self.kept[int(parts[1])]}.{parts[2]}"
+        return self.whole.tensor(name)
 
 
 def _sizes(shard: RankShard) -> tuple[object, ...]:

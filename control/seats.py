@@ -64,6 +64,7 @@ def seats_of(
             found.setdefault(engine, []).append(
                 Seat(
                     node=host.name,
+                    kind=kind,
                     device=device,
                     told=told,
                     pool=device if kind == "cuda" else MEMORY,
