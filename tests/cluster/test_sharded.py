@@ -14,15 +14,19 @@ import httpx
 import psutil
 import pytest
 
+from bridge import gen_server
+from bridge.process import Process
+from bridge.term import Atom, Term
 from tests.cluster.conftest import MODEL
 from tests.cluster.live_node import LiveNode, free_tcp_port
 from tests.cluster.test_end_to_end import Stream, ask
+from tests.cluster.test_supervision import on_node
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 STORY = "Tell me a long story about a fox."
-LONG = 150  # tokens: more than a stream has when its rank is killed
+LONG = 100  # tokens: more than a stream has when its rank is killed
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,24 @@ def test_place_is_what_load_does(node: LiveNode) -> None:
     for name in ("weights_bytes", "kv_bytes"):
         for rank, expected in zip(ranks, placed, strict=True):
             assert rank[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+def test_erlang_asks_where_a_model_would_go(node: LiveNode) -> None:
+    async def place(me: Process, to: str) -> Term:
+        request = (Atom("place"), MODEL, {Atom("pipeline"): 3})
+        return await gen_server.call(me, ("cluster", to), request, timeout_s=30)
+
+    ok, found = on_node(node, place)
+    assert ok == "ok"
+    assert found["chosen"]["strategy"] == "pipeline"
+    layers = [rank["layers"] for rank in found["chosen"]["ranks"]]
+    assert (len(layers), layers[0][0], layers[2][1]) == (3, 0, 30)
+
+
+def test_the_id_of_a_group_is_in_no_log(node: LiveNode) -> None:
+    """By now groups were made, lost and made again."""
+    logs = [path.read_text(errors="replace") for path in (node.home / "logs").iterdir()]
+    assert not any("group =>" in text or "'group'" in text for text in logs)
 
 
 def test_a_new_control_process_adopts_all_ranks_or_none(node: LiveNode, undisturbed: str) -> None:
