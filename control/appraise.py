@@ -14,6 +14,7 @@ from itertools import pairwise
 from control.cost_model import FLOAT_BYTES, Estimate, Goal, Network, Policy, Seat, Speed, Stages
 from control.errors import NoPlacement
 from control.rank_bytes import SHARE_UNITS, Cuts
+from control.shortage import shortage
 from control.stage_split import least_peak, least_sum, within
 from control.stage_times import Group, StageTimes, stage_times
 from models.errors import ModelError
@@ -21,7 +22,6 @@ from models.legal import IllegalShares, check
 from models.mesh import stages as weigh
 
 Refusal = ModelError | NoPlacement
-MOST_NAMED = 4  # ranks in a refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class Appraiser:
         key = seat.kernels, seat.kind, seat.threads, tensor
         if key not in self._bytes:
             shard = self.cuts.shards((1.0,) * tensor)[0]
-            self._bytes[key] = self.cuts.table(seat, shard).fixed_bytes
+            self._bytes[key] = self.cuts.fixed_bytes(seat, shard)
         return int(self._bytes[key])
 
     def whole_bytes(self, seat: Seat) -> float:
@@ -151,7 +151,7 @@ class Appraiser:
         key = seat.kernels, seat.kind, 0, 0
         if key not in self._bytes:
             table = self.cuts.table(seat, self.cuts.shards((1.0,))[0])
-            self._bytes[key] = float(table.total_bytes[0, -1]) - table.fixed_bytes
+            self._bytes[key] = float(table.total_bytes[0, -1]) - self.fixed_bytes(seat, 1)
         return self._bytes[key]
 
     def fetch_rate(self, node: str) -> float:
@@ -316,39 +316,3 @@ class Appraiser:
                 size_bytes = float(table.weights_bytes[layers.start, layers.stop])
                 missing[seat.node] = missing.get(seat.node, 0.0) + size_bytes
         return max(size / self.fetch_rate(node) for node, size in missing.items())
-
-
-def shortage(on: Appraiser, groups: Sequence[Group], layers: tuple[range, ...]) -> str:
-    """What does not fit, with its numbers."""
-    rows, count = [], on.cuts.spec.num_layers
-    for number, group in enumerate(groups):
-        run, what = range(1), "one layer"
-        if layers or len(groups) == 1:
-            run = layers[number] if layers else range(count)
-            what = f"layers {run.start} to {run.stop}"
-        for seat, table in zip(group.seats, group.tables, strict=True):
-            need = float(table.total_bytes[run.start, run.stop])
-            if need > seat.free_bytes:
-                part = "" if len(group.seats) == 1 else "its part of "
-                rows.append(f"{seat} has {gb(seat.free_bytes)}, {part}{what} takes {gb(need)}")
-    if rows:
-        more = f"; {len(rows) - MOST_NAMED} more" if rows[MOST_NAMED:] else ""
-        return "; ".join(rows[:MOST_NAMED]) + more
-    return room_text(on, tuple(group.seats for group in groups))
-
-
-def room_text(on: Appraiser, stages: Stages) -> str:
-    """What the model takes and what these ranks have for it."""
-    seats = [seat for stage in stages for seat in stage]
-    room = sum(seat.free_bytes - on.fixed_bytes(seat, len(stages[0])) for seat in seats)
-    need = max(on.whole_bytes(seat) for seat in seats)
-    names = ", ".join(str(seat) for seat in seats[:MOST_NAMED])
-    names += f" and {len(seats) - MOST_NAMED} more" if seats[MOST_NAMED:] else ""
-    text = f"weights and KV cache take {gb(need)}; {names} have {gb(max(0, room))} for them beside "
-    text += "process and workspace"
-    return text + (", but not in pieces that layers and heads fill" if room >= need else "")
-
-
-def gb(size: float) -> str:
-    """Bytes for people, as everywhere in placement."""
-    return f"{size / 1e9:.2f} GB"

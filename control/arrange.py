@@ -17,10 +17,11 @@ from control.cost_model import FLOAT_BYTES, ORDER_BYTES, Goal, Seat, Stages
 from control.topology import Topology
 
 SMALL: Final = 4  # seats of which every arrangement is looked at
-MOST_LEADERS: Final = 12
+MOST_LEADERS: Final = 8
 MOST_RANKS: Final = 256
 _FEW: Final = 8  # sizes that are all looked at
 _CHAINED: Final = 64  # most stages that are put in an order of their own
+TYPICAL_BYTES_PER_S: Final = 1e8  # from a peer, before it is looked up which one
 _STEP_S: Final = 20e-6  # latencies within a factor of two of one another are alike
 
 
@@ -113,8 +114,10 @@ class Arranger:
         total_s += self._messages(stages)
         if on.goal is Goal.THROUGHPUT:
             total_s /= on.cuts.num_slots
-        slowest = min(on.fetch_rate(seat.node) for stage in stages for seat in stage)
-        fetch_s = on.whole_bytes(stages[0][0]) / (len(stages) * tensor) / slowest
+        fetch_s = 0.0
+        if any(seat.node not in on.files for stage in stages for seat in stage):
+            rate = TYPICAL_BYTES_PER_S if on.files else on.policy.outside_bytes_per_s
+            fetch_s = on.whole_bytes(stages[0][0]) / (len(stages) * tensor) / rate
         return Rough(on.policy.requests * total_s + fetch_s, room, stages)
 
     # -- inside ----------------------------------------------------------------------------
@@ -187,6 +190,8 @@ class Arranger:
         roomy = sorted(self.seats, key=lambda s: (-s.free_bytes, *self._speed(s)))
         yield self._linked(fast, most)
         yield self._linked(roomy, most)
+        if 0 < len(self.on.files) < len(self.seats):
+            yield self._linked(sorted(fast, key=lambda s: s.node not in self.on.files), most)
         roomy_at = {id(seat): i for i, seat in enumerate(roomy)}
         for leader in self._leaders(fast, roomy[0], most):
             row = self.topology.row(leader.node)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 from typing import Final
 
 from control import greedy
-from control.appraise import Appraisal, Appraiser, Refusal, room_text
+from control.appraise import Appraisal, Appraiser, Refusal
 from control.arrange import SMALL, Arranger, Rough
 from control.cost_model import Seat, Stages
 from control.load_options import MeshShape
+from control.shortage import room_text
 from control.topology import Topology
 from models.legal import tensor_limits
 
 FINALISTS: Final = 8  # shapes that are worked out
 THOROUGH: Final = 3  # of these, the ones of which several arrangements are
 MOST_TRIED: Final = 60  # where none of them fits
+REFINED_SMALL: Final = 4  # arrangements whose shares are moved about, of a few seats
+REFINED: Final = 1  # of many
+NARROW: Final = 4  # tensor ranks up to which that is done
+MOVES: Final = (12.0, 4.0)  # of a stage's ``SHARE_UNITS``
+MOST_MOVES: Final = 20
 RINGS_UP_TO: Final = 6  # machines whose rings are all looked at as well
 
 
@@ -79,7 +86,8 @@ class Search:
         if len(self.seats) <= SMALL:
             every = [stages for stages in self.arranger.every() if self._is_asked(stages)]
             self.num_considered = len(every)
-            return self._rows([self.on.work_out(stages) for stages in every] + self._plain(), [])
+            found = [self.on.work_out(stages) for stages in every]
+            return self._rows(self._refined(found, REFINED_SMALL) + self._plain(), [])
         rough: dict[tuple[int, ...], Rough] = {}
         for stages in self.arranger.likely(self.shape):
             key = (len(stages), *(id(seat) for stage in stages for seat in stage))
@@ -87,7 +95,7 @@ class Search:
                 rough[key] = self.arranger.rough(stages)
         self.num_considered = len(rough)
         ranked = sorted(rough.values(), key=lambda one: (one.cost_s, -one.room, _names(one.stages)))
-        return self._rows(self._finals(ranked) + self._plain(), ranked)
+        return self._rows(self._refined(self._finals(ranked), REFINED) + self._plain(), ranked)
 
     def plain(self) -> list[Row]:
         """What the plain strategy chooses, pipeline before tensor; or why it finds nothing."""
@@ -122,6 +130,36 @@ class Search:
                 found.append(self.on.work_out(stages))
                 tried += 1
         return found
+
+    def _refined(self, found: list[Appraisal], count: int) -> list[Appraisal]:
+        """The same, and the cheapest tensor groups with parts moved from rank to rank.
+
+        Heads and blocks come in whole pieces, so shares in proportion to speed are not the best.
+        """
+        if self.on.asked_shares:
+            return found
+        able = [one for one in found if one.refusal is None and 1 < len(one.stages[0]) <= NARROW]
+        return found + [self._refine(one) for one in sorted(able, key=_order)[:count]]
+
+    def _refine(self, best: Appraisal) -> Appraisal:
+        tensor, tries = len(best.stages[0]), 0
+        for step in MOVES:
+            better = True
+            while better and tries < MOST_MOVES:
+                better = False
+                for stage, (i, j) in product(
+                    range(len(best.shares)), permutations(range(tensor), 2)
+                ):
+                    shares = [list(stage) for stage in best.shares]
+                    shares[stage][i] -= step
+                    shares[stage][j] += step
+                    if shares[stage][i] <= 0 or tries >= MOST_MOVES:
+                        continue
+                    tries += 1
+                    moved = self.on.work_out(best.stages, shares=[tuple(x) for x in shares])
+                    if moved.order < best.order:
+                        best, better = moved, True
+        return best
 
     def _plain(self) -> list[Appraisal]:
         """The plain strategy's choices, where its rings can all be listed."""
@@ -178,6 +216,10 @@ class Search:
             )
             found = self.on.refuse(made, why)
         return self._row(Appraisal(stages=made, refusal=found)) if found else None
+
+
+def _order(one: Appraisal) -> tuple[float, int, tuple[str, ...]]:
+    return one.order
 
 
 def _size(stages: Stages) -> tuple[int, int]:

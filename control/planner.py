@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from control.appraise import MOST_NAMED, Appraisal, Appraiser, Refusal, gb
+from control.appraise import Appraisal, Appraiser, Refusal
 from control.cost_model import Estimate, Goal, Network, Policy, Seat
 from control.errors import NoPlacement
 from control.load_options import MeshShape
@@ -23,6 +23,7 @@ from control.placement_search import Row, Search
 from control.plan_text import roughly, slower
 from control.rank_bytes import Assumed, Cuts, Stored
 from control.seats import Fenced, Member, Speeds, seats_of
+from control.shortage import MOST_NAMED, gb
 from control.topology import Topology
 from models.legal import tensor_limits
 from models.spec import ModelSpec

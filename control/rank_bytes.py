@@ -68,12 +68,10 @@ class RankTable:
     Attributes:
         total_bytes: by run of layers; never less than the footprint of that rank.
         weights_bytes: of these, the weights.
-        fixed_bytes: what does not go down with the number of layers.
     """
 
     total_bytes: Table
     weights_bytes: Table
-    fixed_bytes: int
 
 
 class Cuts:
@@ -181,44 +179,62 @@ class Cuts:
         )
         return short, _Short(self.stored, self._kept)
 
-    def _table(self, seat: Seat, shard: RankShard) -> RankTable:
-        short = seat.kernels != "mlx"  # which asks what most of the file is stored as
-        kept = range(len(self._kept)) if short else self._kept
-        count = self.spec.num_layers
-        stop = len(self._kept) if short else count
-
-        def of(layers: range, *, first: bool = False) -> Footprint:
-            stage = replace(
-                shard.pipeline,
-                start_layer=layers.start,
-                end_layer=layers.stop,
-                is_first_layer=first,
-            )
-            return self.needs(seat, replace(shard, pipeline=stage), short=short)
-
-        middle, last = of(range(0)), of(range(stop, stop))
-        first, both = of(range(0), first=True), of(range(stop, stop), first=True)
-        weights, cache, workspace = [], [], 0
+    def fixed_bytes(self, seat: Seat, shard: RankShard) -> int:
+        """What does not go down with the number of layers, in a stage without logits."""
+        kept, stop = self._looked_at(seat)
+        middle = self._part(seat, shard, range(0))
+        workspace = 0
         for layer in kept:
-            one = of(range(layer, layer + 1))
-            none = last if layer + 1 == stop else middle
-            extra = none.workspace_bytes - middle.workspace_bytes  # of giving logits
-            workspace = max(workspace, one.workspace_bytes - max(0, extra))
-            weights.append(one.weights_bytes - none.weights_bytes)
-            cache.append(one.kv_bytes)
+            one = self._part(seat, shard, range(layer, layer + 1))
+            extra = 0
+            if layer + 1 == stop:  # it would give logits
+                last = self._part(seat, shard, range(stop, stop))
+                extra = max(0, last.workspace_bytes - middle.workspace_bytes)
+            workspace = max(workspace, one.workspace_bytes - extra)
         ropes = list(dict.fromkeys(self.spec.rope_of(layer) for layer in self._kept))
         workspace += sum(4 * self.context_tokens * rope.dim for rope in ropes[1:])
-        workspace += _COUNTERS_BYTES * count
+        return middle.process_bytes + workspace + _COUNTERS_BYTES * self.spec.num_layers
+
+    def _looked_at(self, seat: Seat) -> tuple[Sequence[int], int]:
+        """One layer of each kind, and how many the model has that they are numbered in."""
+        if seat.kernels == "mlx":  # it matters there what most of the whole file is stored as
+            return self._kept, self.spec.num_layers
+        return range(len(self._kept)), len(self._kept)
+
+    def _part(
+        self, seat: Seat, shard: RankShard, layers: range, *, first: bool = False
+    ) -> Footprint:
+        stage = replace(
+            shard.pipeline,
+            start_layer=layers.start,
+            end_layer=layers.stop,
+            is_first_layer=first,
+        )
+        short = seat.kernels != "mlx"
+        return self.needs(seat, replace(shard, pipeline=stage), short=short)
+
+    def _table(self, seat: Seat, shard: RankShard) -> RankTable:
+        (kept, stop), count = self._looked_at(seat), self.spec.num_layers
+        end = range(stop, stop)
+        middle, last = self._part(seat, shard, range(0)), self._part(seat, shard, end)
+        first = self._part(seat, shard, range(0), first=True)
+        both = self._part(seat, shard, end, first=True)
+        weights, cache = [], []
+        for layer in kept:
+            one = self._part(seat, shard, range(layer, layer + 1))
+            none = last if layer + 1 == stop else middle
+            weights.append(one.weights_bytes - none.weights_bytes)
+            cache.append(one.kv_bytes)
         until_weights = np.cumsum([0.0, *(weights[i] for i in self._layers)])
         until_cache = np.cumsum([0.0, *(cache[i] for i in self._layers)])
         ends = np.full((count + 1, count + 1), float(middle.weights_bytes))
         ends[0, :], ends[:, count] = first.weights_bytes, last.weights_bytes
         ends[0, count] = both.weights_bytes
         weights_bytes = until_weights[None, :] - until_weights[:, None] + ends
-        fixed = np.full((count + 1, count + 1), float(middle.process_bytes + workspace))
+        fixed = np.full((count + 1, count + 1), float(self.fixed_bytes(seat, shard)))
         fixed[:, count] += max(0, last.workspace_bytes - middle.workspace_bytes)
         total_bytes = weights_bytes + (until_cache[None, :] - until_cache[:, None]) + fixed
-        return RankTable(total_bytes, weights_bytes, int(fixed[0, 0]))
+        return RankTable(total_bytes, weights_bytes)
 
     def _layer_types(self) -> tuple[tuple[object, ...], ...]:
         """Layers with equal entries take equal memory."""
