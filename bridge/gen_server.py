@@ -118,6 +118,10 @@ class GenServer:
             if not name.startswith("_") and name not in ("me", "continue_with")
         }
 
+    def format_message(self, message: Term) -> Term:
+        """The last message as a crash report shows it: the place to leave secrets out."""
+        return message
+
 
 async def start_link(
     parent: Process,
@@ -197,7 +201,8 @@ async def _serve(me: Process, server: GenServer, started: asyncio.Future[None]) 
     server.me = me
     last: Term = Atom("none")
     me.describe_state = lambda: (
-        f"{show(server.format_state(), 2000)}; last message {show(last, 500)}"
+        f"{show(server.format_state(), 2000)}; "
+        f"last message {show(server.format_message(last), 500)}"
     )
     try:
         await server.init(me)

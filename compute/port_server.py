@@ -84,6 +84,14 @@ class PortServer(GenServer):
         """What the port says of itself when it meets its owner, new or old."""
         return {Atom("port_id"): self.port_id}
 
+    def format_message(self, message: Term) -> Term:
+        """Without the group of a load order, which is a secret."""
+        match message:
+            case (call, from_, ("load", dict())):
+                return (call, from_, Atom("load"))
+            case _:
+                return message
+
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
             case ("prepare", str() | bytes() as host):

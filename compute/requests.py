@@ -7,7 +7,7 @@ missing key takes its default and an unknown key is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from bridge.show import show
@@ -44,7 +44,7 @@ class LoadOrder:
     epoch: int
     rank: int
     path: str
-    group: str = ""
+    group: str = field(default="", repr=False)
     tensor: int = 1
     pipeline: int = 1
     shares: tuple[float, ...] | list[float] = ()

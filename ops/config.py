@@ -191,7 +191,7 @@ class Engine(Section):
     threads: int | None = Field(default=None, ge=1, le=4096)
     context_tokens: int | None = Field(default=None, alias="context", ge=16, le=2**24)
     num_slots: int = Field(default=4, alias="slots", ge=1, le=1024)
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d{1,3})?$")] | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|mlx|cuda(:\d{1,3})?)$")] | None = None
     spare_ports: int = Field(default=1, ge=0, le=64)
     kernel_cache: Path | None = None
 
