@@ -11,6 +11,7 @@ from typing import Any
 from bridge.term import Atom, Term
 from bridge.text import text_of
 from compute.engine import StageEngine, check_limits
+from compute.errors import BadRequest
 from compute.links import Links, Meeting, meet
 from compute.places import Listeners, place_of
 from compute.requests import LoadOrder
@@ -33,6 +34,9 @@ class Loaded:
 def load(order: LoadOrder, listeners: Listeners | None, on_progress: Progress) -> Loaded:
     """Load one rank and meet the others; the head then runs a first step through all of them.
 
+    Args:
+        listeners: of this rank's place; taken over. None where it was not prepared.
+
     Raises:
         BadRequest: the order contradicts itself.
         ModelError: the file is damaged, or cannot be cut so, or no engine here runs it.
@@ -41,6 +45,8 @@ def load(order: LoadOrder, listeners: Listeners | None, on_progress: Progress) -
         PeerLost, JoinRefused: another rank did not come.
         ValueError: a limit or device that cannot be.
     """
+    if order.world_size > 1 and listeners is None:
+        raise BadRequest(f"{order.world_size} ranks: prepare this one first, so that it can be met")
     checkpoint = open_checkpoint(Path(order.path))
     spec = checkpoint.spec
     context_tokens = order.context_tokens or spec.context_length
@@ -64,10 +70,7 @@ def load(order: LoadOrder, listeners: Listeners | None, on_progress: Progress) -
         device=device,
         on_progress=on_progress,
     )
-    if order.world_size == 1 or listeners is None:
-        links = Links()
-    else:
-        links = meet(_meeting(order, shards, device), listeners)
+    links = Links() if listeners is None else meet(_meeting(order, shards, device), listeners)
     if links.receiver is not None:
         return Loaded(stage, links, None)
     engine = StageEngine(stage, links)

@@ -174,7 +174,11 @@ class PortServer(GenServer):
         """Runs on the engine thread."""
         from compute.loading import facts, load  # the engines' libraries: not at start
 
-        loaded = load(order, listeners, self._from_thread(self._progress))
+        try:
+            loaded = load(order, listeners, self._from_thread(self._progress))
+        finally:
+            if listeners is not None:
+                listeners.close()
         if loaded.engine is None:
             self._thread.set_follower(Follower(loaded.stage, loaded.links))
             self._follows = True
