@@ -56,6 +56,7 @@ class Search:
         seats: in any order, at least one.
         engine: told in rows.
         asked: the only shape to look at.
+        most_visits: of the plain strategy.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Search:
         seats: Sequence[Seat],
         engine: str,
         asked: MeshShape | None,
+        most_visits: int,
     ) -> None:
         self.on, self.topology, self.seats, self.engine = on, topology, seats, engine
         self.shape = (asked.tensor, asked.pipeline) if asked is not None else None
@@ -76,7 +78,7 @@ class Search:
             max_tensor=min(limit for _, limit in limits.values()),
             max_stages=on.cuts.spec.num_layers,
         )
-        self.num_considered = 0
+        self.num_considered, self._most_visits = 0, most_visits
 
     def best_of_shapes(self) -> list[Row]:
         """A row for every shape that these seats allow."""
@@ -171,7 +173,14 @@ class Search:
     def _greedy(self, sharding: greedy.Sharding) -> Appraisal | None:
         on = self.on
         need = max(on.whole_bytes(seat) for seat in self.seats)
-        chosen = greedy.choose(self.seats, self.topology, on.cuts.spec, need, sharding=sharding)
+        chosen = greedy.choose(
+            self.seats,
+            self.topology,
+            on.cuts.spec,
+            need,
+            sharding=sharding,
+            most_visits=self._most_visits,
+        )
         self.num_considered += chosen.num_rings
         if not chosen.stages:
             return None

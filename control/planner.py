@@ -15,6 +15,7 @@ from typing import Final, Literal
 from control.appraise import Appraisal, Appraiser, Refusal
 from control.cost_model import Estimate, Goal, Network, Policy, Seat
 from control.errors import NoPlacement
+from control.greedy import MOST_VISITS
 from control.load_options import MeshShape
 from control.mesh_shape import shape_of
 from control.placement import Candidate, Placement, RankPlace
@@ -92,6 +93,7 @@ def plan(
     policy: Policy | None = None,
     current: tuple[tuple[str, str], ...] = (),
     strategy: Strategy = "cost",
+    most_visits: int = MOST_VISITS,
 ) -> Plan:
     """Choose devices, their order, a mesh over them and everybody's share.
 
@@ -108,7 +110,7 @@ def plan(
         goal: what to be best at.
         policy: what the cluster is for.
         current: ``(node, device)`` of a running instance's ranks, which a move would restart.
-        strategy: ``greedy`` is ``control.greedy``.
+        strategy: ``greedy`` is ``control.greedy``; most_visits: when that gives up.
     """
     policy = policy or Policy()
     by_engine, fenced = seats_of(request, machines, spec, speeds)
@@ -139,7 +141,7 @@ def plan(
         fenced += useless
         if not seats:
             continue
-        search = Search(on, topology, seats, engine, asked)
+        search = Search(on, topology, seats, engine, asked, most_visits)
         rows += search.plain() if strategy == "greedy" else search.best_of_shapes()
         num_considered += search.num_considered
     best, options = _explain(request, goal, policy, sorted(rows, key=lambda row: row.order))
