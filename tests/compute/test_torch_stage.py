@@ -211,13 +211,18 @@ def test_a_long_row_is_the_same_as_its_chunks(family_folders: dict[str, Path]) -
     assert error(found[0], at_once) < 1e-4
 
 
-def test_latent_scores_are_made_in_pieces() -> None:
+def test_ways_of_latent_attention_agree() -> None:
+    """At once, in pieces, and by the fused attention."""
     torch.manual_seed(1)
     q, seen = torch.randn(9, 4, 12), torch.randn(20, 12)
     mask = torch.arange(20) <= torch.arange(11, 20)[:, None]
-    expected = latent.attend(q, seen, 8, mask, scale=0.3, cap=None)
-    found = latent.attend(q, seen, 8, mask, scale=0.3, cap=None, most=4 * 20 * 2)
-    torch.testing.assert_close(found, expected)
+    expected = latent.plain(q, seen, 8, mask, None)
+    assert expected.shape == (9, 4, 8)
+    torch.testing.assert_close(latent.plain(q, seen, 8, mask, None, most=160), expected)
+    torch.testing.assert_close(latent.fused(q, seen, 8, mask), expected)
+    for at in range(9):
+        alone = latent.plain(q[at : at + 1], seen[: at + 12], 8, None, None)
+        torch.testing.assert_close(alone[0], expected[at])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
