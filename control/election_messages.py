@@ -154,7 +154,7 @@ def _field(name: str, term: Any) -> Any:
     match name, term:
         case (("free" | "able" | "ask" | "sure"), bool()):
             return term
-        case (("clock" | "seniority" | "commands" | "epoch"), int()) if type(term) is int:
+        case (("clock" | "seniority" | "commands" | "epoch" | "of"), int()) if type(term) is int:
             return term
         case "sent_s", float() | int():
             return float(term)
