@@ -16,10 +16,10 @@ from control.shortage import room_text
 from control.topology import Topology
 from models.legal import tensor_limits
 
-FINALISTS: Final = 8  # shapes that are worked out
+FINALISTS: Final = 6  # shapes that are worked out
 THOROUGH: Final = 3  # of these, the ones of which several arrangements are
 MOST_TRIED: Final = 60  # where none of them fits
-REFINED_SMALL: Final = 4  # arrangements whose shares are moved about, of a few seats
+REFINED_SMALL: Final = 5  # arrangements whose shares are moved about, of a few seats
 REFINED: Final = 1  # of many
 NARROW: Final = 4  # tensor ranks up to which that is done
 MOVES: Final = (12.0, 4.0)  # of a stage's ``SHARE_UNITS``
@@ -140,8 +140,8 @@ class Search:
         """
         if self.on.asked_shares:
             return found
-        able = [one for one in found if one.refusal is None and 1 < len(one.stages[0]) <= NARROW]
-        return found + [self._refine(one) for one in sorted(able, key=_order)[:count]]
+        best = sorted((one for one in found if one.refusal is None), key=_order)[:count]
+        return found + [self._refine(one) for one in best if 1 < len(one.stages[0]) <= NARROW]
 
     def _refine(self, best: Appraisal) -> Appraisal:
         tensor, tries = len(best.stages[0]), 0

@@ -44,7 +44,7 @@ class Figure:
     """One size of cluster.
 
     Attributes:
-        plan_s: median; worst_s: slowest run.
+        plan_s, cpu_s: medians, by the clock and by this process alone.
         considered: arrangements looked at.
         baseline: what the other strategy came to, or that it was cut off.
     """
@@ -53,7 +53,7 @@ class Figure:
     links: int
     goal: str
     plan_s: float
-    worst_s: float
+    cpu_s: float
     considered: int
     chosen: str
     cost_s: float
@@ -120,17 +120,18 @@ class Task:
 def measure(task: Task, *, runs: int, baseline_s: float) -> Figure:
     """Plan ``runs`` times, and once by listing all rings, in a process that can be ended."""
     run = task.prepare()
-    times = []
+    times, cpu = [], []
     for _ in range(runs):
-        begin_s = time.perf_counter()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         found = run("cost")
         times.append(time.perf_counter() - begin_s)
+        cpu.append(time.process_time() - begin_cpu_s)
     return Figure(
         nodes=task.num_nodes,
         links=task.num_nodes * (task.num_nodes - 1),
         goal=task.goal.value,
         plan_s=statistics.median(times),
-        worst_s=max(times),
+        cpu_s=statistics.median(cpu),
         considered=found.num_considered,
         chosen=_shape(found),
         cost_s=_cost(found),
@@ -202,14 +203,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 _HEAD = (
-    f"{'machines':>8} {'links':>8} {'plan':>8} {'slowest':>8} {'looked at':>9} {'chosen':>7} "
+    f"{'machines':>8} {'links':>8} {'plan':>8} {'of CPU':>8} {'looked at':>9} {'chosen':>7} "
     f"{'cost':>9}   by listing rings"
 )
 
 
 def _line(one: Figure) -> str:
     return (
-        f"{one.nodes:8} {one.links:8} {1e3 * one.plan_s:5.0f} ms {1e3 * one.worst_s:5.0f} ms "
+        f"{one.nodes:8} {one.links:8} {1e3 * one.plan_s:5.0f} ms {1e3 * one.cpu_s:5.0f} ms "
         f"{one.considered:9} {one.chosen:>7} {one.cost_s:7.0f} s   {one.baseline}"
     )
 
