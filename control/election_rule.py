@@ -60,7 +60,7 @@ from control.election_state import (
     Tick,
     authority,
 )
-from control.quorum import Roster, has_quorum, is_fixed, propose, settle, stamped
+from control.quorum import Roster, has_quorum, is_fixed, propose, revise, settle, stamped
 
 Rank = tuple[int, int, int, str]
 
@@ -299,9 +299,12 @@ class _Turn:
         if s.roster.joint:
             have = {n for n, stamp in s.stored.items() if stamp == s.roster.stamp} | {s.node}
             safe = not s.gated or s.safe_stamp == s.roster.stamp
-            if safe and has_quorum(s.roster, have):
-                self.save(s.promise, settle(s.roster, s.leading))
-                self.lead()
+            new = set(s.roster.members).difference(s.roster.old_members)
+            if gone := new - s.up - {s.node}:
+                self.change(revise(s.roster, set(s.roster.members) - gone, s.leading))
+            elif safe and new <= have and has_quorum(s.roster, have):
+                # The new know that they are members: they would not vote else.
+                self.change(settle(s.roster, s.leading))
             return
         fresh_s, gone_s = self.now_s - s.limits.lease_s, self.now_s - s.limits.forget_s
         here = {n for n, sent_s in s.support.items() if sent_s > fresh_s and n in s.up}
@@ -309,9 +312,12 @@ class _Turn:
         members = tuple(sorted(here | stay | {s.node}))
         breaker = s.tie_breaker if s.tie_breaker in members else s.node
         if (members, breaker) != (s.roster.members, s.roster.tie_breaker):
-            self.save(s.promise, propose(s.roster, members, breaker, s.leading))
-            self.look()
-            self.lead()
+            self.change(propose(s.roster, members, breaker, s.leading))
+
+    def change(self, roster: Roster) -> None:
+        self.save(self.s.promise, roster)
+        self.look()
+        self.lead()
 
     # -- messages --------------------------------------------------------------------------
 

@@ -162,6 +162,12 @@ def propose(roster: Roster, members: Iterable[str], tie_breaker: str, epoch: int
     )
 
 
+def revise(roster: Roster, members: Iterable[str], epoch: int) -> Roster:
+    """A joint roster on the way to other ``members``: the old ones keep their say meanwhile."""
+    assert roster.joint, "nothing is under way"
+    return replace(stamped(roster, epoch), members=tuple(sorted(set(members))))
+
+
 def settle(roster: Roster, epoch: int) -> Roster:
     """The roster after its change: the old machines have no say any more."""
     return replace(stamped(roster, epoch), old_members=(), old_tie_breaker="")

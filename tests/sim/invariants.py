@@ -55,6 +55,10 @@ class Watch:
                 self.authority(m, data)
             case "promise":
                 self.promise(m, data)
+            case "places":
+                _, until_s = self.rights.get(m.name, ("", 0.0))
+                if until_s <= self.world.now_s:
+                    self.fail(f"{m.name} gives the command {data} without authority")
             case "obeyed":
                 self.counts["obeyed"] += 1
                 if data.epoch < self.promised.get(m.name, 0):

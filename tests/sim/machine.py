@@ -69,7 +69,7 @@ class Machine:
         self.cluster: dict[str, Machine] = {}
         self.alive = False
         self.died_s = self.born_s = 0.0
-        self.stopped_until_s = 0.0
+        self.stopped_until_s = self.sluggish_s = self.busy_until_s = 0.0
         self.incarnation = 0
         self.running: set[str] = set()  # instances: they end with the machine, not the process
 
@@ -192,8 +192,16 @@ class Machine:
             self._event(Heard(sender, message))
         elif kind == "sync":
             self._hear_sync(sender, message)
-        else:
+        elif not self.sluggish_s:
             self.placer.hear(sender, message)
+        else:
+            self._hear_late(sender, message)
+
+    def _hear_late(self, sender: str, message: Any) -> None:
+        """The scheduler has much to do: what comes to it waits its turn, whoever still leads."""
+        delay_s = self.sluggish_s * self.world.rng.random()
+        self.busy_until_s = max(self.busy_until_s, self.world.now_s + delay_s)
+        self._later(self.busy_until_s - self.world.now_s, lambda: self.placer.hear(sender, message))
 
     # -- the rules -------------------------------------------------------------------------
 

@@ -90,7 +90,9 @@ class World:
         held, self._held = self._held, []
         for a, b, act, args in held:
             if self.linked(a, b):
-                self.at(self.now_s + 0.3 * self.rng.random(), act, *args)
+                arrival_s = self.now_s + 0.3 * self.rng.random()
+                self._arrival_s[a, b] = max(arrival_s, self._arrival_s.get((a, b), 0.0))
+                self.at(arrival_s, act, *args)
             else:
                 self._held.append((a, b, act, args))
 

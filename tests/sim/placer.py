@@ -107,6 +107,7 @@ class Placer:
                 self.command(name, Stop(self.epoch, instance))
 
     def command(self, name: str, command: Start | Stop) -> None:
+        self.m.watch(self.m, "places", command)
         if name == self.m.name:
             self.reports[name] = self.obey(command).running
             self.starting.pop(command.instance, None)

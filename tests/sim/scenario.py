@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from control.quorum import Roster, alone, configured
@@ -156,11 +157,42 @@ def _stop_one(s: Scenario, rng: Random) -> None:
     if m is not None and m.alive:
         pause_s = rng.uniform(0.3, 6)
         s.say(f"{m.name} is stopped for {pause_s:.2f} s")
-        m.stopped_until_s = s.world.now_s + pause_s
+        m.stopped_until_s = max(m.stopped_until_s, s.world.now_s + pause_s)
         s.later(pause_s, lambda: None, unrest=True)
 
 
+def _slow_schedulers(s: Scenario, rng: Random) -> None:
+    late = rng.sample(s.machines, rng.randint(1, len(s.machines)))
+    s.say(f"slow schedulers on {', '.join(m.name for m in late)}")
+    for m in late:
+        m.sluggish_s = rng.uniform(0.5, 5)
+
+    def over() -> None:
+        for m in late:
+            m.sluggish_s = 0.0
+            s.quiet_from(m.busy_until_s)
+
+    s.later(rng.uniform(1, 6), over, unrest=True)
+
+
+def _lose_sight(s: Scenario, rng: Random) -> None:
+    """The leader and one other do not see each other; who sees both starts again meanwhile."""
+    leader = s.leader()
+    if leader is None or s.world.cuts:
+        return
+    blind = rng.choice([m for m in s.machines if m is not leader])
+    s.say(f"no link between {leader.name} and {blind.name}")
+    s.world.cuts = {(leader.name, blind.name), (blind.name, leader.name)}
+    for m in s.machines:
+        if m not in (leader, blind):
+            back_s = rng.uniform(0.02, 0.5)
+            s.later(rng.uniform(3.2, 5), partial(s.kill, m, "crashes", back_s))
+    s.later(7, s.heal)
+
+
 DISTURBANCES = (
+    _slow_schedulers,
+    _lose_sight,
     _crash_one,
     _crash_leader,
     _crash_many,
