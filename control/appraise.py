@@ -45,10 +45,11 @@ class Appraisal:
         return self.estimate.cost_s if self.estimate else math.inf
 
     @property
-    def order(self) -> tuple[float, int, tuple[str, ...]]:
-        """Least is best: by cost, by number of ranks, by name."""
-        names = tuple(str(seat) for stage in self.stages for seat in stage)
-        return self.cost_s, len(names), names
+    def order(self) -> tuple[float, int, int, tuple[str, ...]]:
+        """Least is best: by cost, number of ranks, memory if it cannot be, and name."""
+        seats = [seat for stage in self.stages for seat in stage]
+        room = sum(seat.free_bytes for seat in seats) if self.refusal is not None else 0
+        return self.cost_s, len(seats), -room, tuple(map(str, seats))
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ class Row:
     rough_s: float = 0.0
 
     @property
-    def order(self) -> tuple[float, float, int, tuple[str, ...]]:
+    def order(self) -> tuple[float, float, int, int, tuple[str, ...]]:
         """Least is best: worked out, then set aside, then impossible."""
         rough_s = self.rough_s or float("inf")
         return (self.best.cost_s, rough_s, *self.best.order[1:])
@@ -227,7 +227,7 @@ class Search:
         return self._row(Appraisal(stages=made, refusal=found)) if found else None
 
 
-def _order(one: Appraisal) -> tuple[float, int, tuple[str, ...]]:
+def _order(one: Appraisal) -> tuple[float, int, int, tuple[str, ...]]:
     return one.order
 
 
