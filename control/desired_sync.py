@@ -151,7 +151,10 @@ class Adopted(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """This leader knows all that was committed; it may write and place."""
+    """This leader knows what was committed before its epoch; it may write.
+
+    Placing needs authority besides: a leader that was stopped for long may learn this too late.
+    """
 
     document: Document
 

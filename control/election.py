@@ -123,6 +123,7 @@ class Election(GenServer):
             Atom("commands_seen"): s.commands,
             Atom("up"): [Atom(n) for n in sorted(s.up)],
             Atom("members"): [Atom(n) for n in s.roster.members],
+            Atom("members_before"): [Atom(n) for n in s.roster.old_members],
             Atom("tie_breaker"): Atom(s.roster.tie_breaker or "undefined"),
         }
 

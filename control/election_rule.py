@@ -115,6 +115,7 @@ class _Turn:
             case DocumentsSafe(stamp):
                 self.s.safe_stamp = stamp
             case Leave():
+                self.s.candidate, self.s.seniority = False, -1
                 if self.s.leading:
                     self.resign()
                     self.wait()

@@ -83,7 +83,7 @@ class DocumentsSafe(NamedTuple):
 
 
 class Leave(NamedTuple):
-    """This node ends in good order."""
+    """This node ends in good order: it is no candidate any more."""
 
 
 Event = Heard | NodeUp | NodeDown | Tick | CommandsSeen | DocumentsSafe | Leave

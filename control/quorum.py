@@ -97,7 +97,7 @@ def has_quorum(roster: Roster, nodes: Collection[str]) -> bool:
 
 
 def _decides(members: Sequence[str], tie_breaker: str, nodes: Collection[str]) -> bool:
-    present = sum(1 for member in members if member in nodes)
+    present = sum(map(nodes.__contains__, members))
     return 2 * present > len(members) or (2 * present == len(members) and tie_breaker in nodes)
 
 

@@ -56,9 +56,9 @@ class Watch:
             case "promise":
                 self.promise(m, data)
             case "places":
-                _, until_s = self.rights.get(m.name, ("", 0.0))
-                if until_s <= self.world.now_s:
+                if not self.has_right(m):
                     self.fail(f"{m.name} gives the command {data} without authority")
+                self.knows_all(m)
             case "obeyed":
                 self.counts["obeyed"] += 1
                 if data.epoch < self.promised.get(m.name, 0):
@@ -68,11 +68,20 @@ class Watch:
                 self.committed.update(data.body)
             case "ready":
                 self.counts["ready"] += 1
-                lost = self.committed - set(data.body)
-                if self.single and lost:
-                    self.fail(f"{m.name} leads with {data}: {lost} was committed and is lost")
+                if self.has_right(m):
+                    self.knows_all(m)
             case "crash":
                 self.rights.pop(m.name, None)
+
+    def has_right(self, m: Machine) -> bool:
+        return self.rights.get(m.name, ("", 0.0))[1] > self.world.now_s
+
+    def knows_all(self, m: Machine) -> None:
+        document = m.sync.disk.document
+        body: Any = document.body
+        lost = self.committed - set(body)
+        if self.single and lost:
+            self.fail(f"{m.name} leads with {document}: {lost} was committed and is lost")
 
     def fail(self, text: str) -> None:
         raise Violated(f"at {self.world.now_s:.3f} s: {text}")
