@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from bridge.epmd_codec import (
@@ -164,14 +164,21 @@ class Epmd:
         host: where EPMD is asked and, if it must be brought, listens.
         tcp_port: None takes ERL_EPMD_PORT or 4369.
         bring: serve one in this process where none runs.
+        serve_hosts: other addresses that this one listens on, for nodes of other machines.
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", tcp_port: int | None = None, *, bring: bool = True
+        self,
+        host: str = "127.0.0.1",
+        tcp_port: int | None = None,
+        *,
+        bring: bool = True,
+        serve_hosts: Sequence[str] = (),
     ) -> None:
         self.host = host
         self.tcp_port = epmd_port() if tcp_port is None else tcp_port
         self._bring = bring
+        self._serve_hosts = (host, *(other for other in serve_hosts if other != host))
         self._server: EpmdServer | None = None
         self._registration: Registration | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -230,7 +237,7 @@ class Epmd:
         except EpmdError:
             if not self._bring or self._server is not None:
                 raise
-        server = EpmdServer(self.host, self.tcp_port)
+        server = EpmdServer(self._serve_hosts, self.tcp_port)
         try:
             await server.start()
         except OSError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from typing import Final
 
 from bridge.epmd_codec import (
@@ -32,7 +33,8 @@ class EpmdServer:
     """EPMD on one TCP port; `start` binds it.
 
     Args:
-        host: address to listen on; anything but loopback shows node names and ports to others.
+        host: address or addresses to listen on; anything but loopback shows node names and ports
+            to others.
         tcp_port: 0 takes a free one (then read `tcp_port`).
         request_timeout_s: for a client to send its whole request and take the answer.
         max_connections: more are closed at once; a registered node holds one.
@@ -40,7 +42,7 @@ class EpmdServer:
 
     def __init__(
         self,
-        host: str = "127.0.0.1",
+        host: str | Sequence[str] = "127.0.0.1",
         tcp_port: int = 4369,
         *,
         request_timeout_s: float = REQUEST_TIMEOUT_S,

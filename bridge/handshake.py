@@ -197,7 +197,7 @@ class Initiator(_Machine):
 
     Args:
         local: with the flag NAME_ME and only a host as its name, the peer names us.
-        peer_name: full name of the node that must answer.
+        peer_name: full name of the node that must answer; None takes whoever does.
         still_pending: asked when the peer says ``alive``: is this attempt still wanted, the
             old link being dead? False gives up.
     """
@@ -205,7 +205,7 @@ class Initiator(_Machine):
     def __init__(
         self,
         local: Local,
-        peer_name: str,
+        peer_name: str | None,
         *,
         still_pending: Callable[[], bool] = lambda: True,
         challenge: int | None = None,
@@ -225,7 +225,7 @@ class Initiator(_Machine):
         name = _name_of(frame, _CHALLENGE.size, size)
         if tag != b"N":
             raise HandshakeError(f"challenge expected, got {frame[:1]!r}")
-        if name != self._peer_name:
+        if self._peer_name not in (None, name):
             raise HandshakeError(f"node {name} answers where {self._peer_name} was called")
         if lack := missing(flags):
             raise HandshakeError(f"node {name} lacks {', '.join(lack)}")

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -95,7 +96,7 @@ class NetKernel:
 
     # --- life
 
-    async def start(self, listen: Address | None) -> Address | None:
+    async def start(self, listen: tuple[str | Sequence[str], int] | None) -> Address | None:
         """Listen (port 0 takes a free one) and register with EPMD; the address that serves.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Sequence
 from typing import Final
 
 from bridge import gen_server
@@ -68,11 +69,14 @@ class Node(LocalNode):
     def __repr__(self) -> str:
         return f"Node({str(self.name)!r})"
 
-    async def start(self, *, listen: tuple[str, int] | None, epmd: Epmd | None) -> None:
+    async def start(
+        self, *, listen: tuple[str | Sequence[str], int] | None, epmd: Epmd | None
+    ) -> None:
         """Join the network.
 
         Args:
-            listen: host and port (0 takes a free one); None only connects to others.
+            listen: host and port (0 takes a free one); None only connects to others. Several
+                hosts need a port that is free on all of them.
             epmd: made to know this node while it lives; None leaves it out.
 
         Raises:

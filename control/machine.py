@@ -6,16 +6,19 @@ import functools
 import importlib.util
 import platform
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from bridge.term import Atom, Term
+from bridge.text import text_of
 
 _CPUINFO = Path("/proc/cpuinfo")
-_CGROUP_MAX = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_OF = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Machine:
                 Atom("limit_bytes"): self.limit_bytes,
             },
             Atom("cores"): self.cores,
+            Atom("has_mlx"): self.has_mlx,
             Atom("devices"): [
                 {
                     Atom("kind"): Atom(d.kind),
@@ -67,11 +71,37 @@ class Machine:
         }
 
 
+def machine_of(term: Mapping[Any, Any]) -> Machine:
+    """Read what ``Machine.to_term`` gave, also of another node. Raises KeyError, TypeError."""
+    memory = term["memory"]
+    return Machine(
+        total_bytes=int(memory["total_bytes"]),
+        available_bytes=int(memory["available_bytes"]),
+        limit_bytes=int(memory["limit_bytes"]),
+        cores=int(term["cores"]),
+        devices=tuple(
+            Device(str(d["kind"]), text_of(d["name"]), int(d["memory_bytes"]))
+            for d in term["devices"]
+        ),
+        has_mlx=bool(term["has_mlx"]),
+    )
+
+
+def differs(a: Machine, b: Machine) -> bool:
+    """Whether others should hear of ``b`` who know ``a``: free memory matters by the 64th."""
+    step_bytes = max(1, a.total_bytes // 64)
+    moved_bytes = abs(a.available_bytes - b.available_bytes)
+    return moved_bytes >= step_bytes or replace(a, available_bytes=b.available_bytes) != b
+
+
 def read_machine(limits: Limits) -> Machine:
     """Measure this machine now, within ``limits`` and those of its control group."""
     memory = psutil.virtual_memory()
-    cgroup_bytes = _cgroup_limit_bytes()
-    total_bytes = min(memory.total, cgroup_bytes or memory.total)
+    cgroup = cgroup_memory()
+    total_bytes = min(memory.total, cgroup.limit_bytes if cgroup else memory.total)
+    available_bytes = memory.available
+    if cgroup is not None:
+        available_bytes = min(available_bytes, max(0, cgroup.limit_bytes - cgroup.used_bytes))
     limit_bytes = min(total_bytes, limits.max_memory_bytes or total_bytes)
     cores = min(_cores(), limits.max_cores or _cores())
     devices = [Device("cpu", _cpu_name(), total_bytes)]
@@ -79,7 +109,7 @@ def read_machine(limits: Limits) -> Machine:
         devices += _gpus()
     return Machine(
         total_bytes=total_bytes,
-        available_bytes=min(memory.available, total_bytes),
+        available_bytes=min(available_bytes, total_bytes),
         limit_bytes=limit_bytes,
         cores=cores,
         devices=tuple(devices),
@@ -112,12 +142,79 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cgroup_limit_bytes() -> int | None:
-    """Memory limit of this control group (version 2); None without one."""
+@dataclass(frozen=True, slots=True)
+class CgroupMemory:
+    """The tightest memory limit of the control groups this process is in, and its use."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def cgroup_memory(root: Path = _CGROUP, membership: Path = _CGROUP_OF) -> CgroupMemory | None:
+    """Limits of versions 1 and 2, of this process's group and all above; None without one.
+
+    Args:
+        root: where the control groups are mounted.
+        membership: says which groups this process is in.
+
+    Source: Linux, admin-guide/cgroup-v2.rst "Memory Interface Files", cgroup-v1/memory.rst.
+    """
+    found: list[CgroupMemory] = []
+    for top, path, limit, used in _cgroup_places(root, membership):
+        while True:
+            read = _read_cgroup(path / limit, path / used)
+            if read is not None:
+                found.append(read)
+            if path == top:
+                break
+            path = path.parent
+    return min(found, key=lambda one: one.limit_bytes - one.used_bytes, default=None)
+
+
+def _cgroup_places(root: Path, membership: Path) -> list[tuple[Path, Path, str, str]]:
+    """``(hierarchy, group, file of the limit, file of the use)``: what the group is, and, in
+    a container that shows its own group as the top, the top.
+    """
+    files = {True: ("memory.max", "memory.current")}
+    files[False] = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    places = [(root, root, *files[True]), (root / "memory", root / "memory", *files[False])]
     try:
-        return int(_CGROUP_MAX.read_text())
+        lines = membership.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root if not controllers else root / "memory"
+        group = top / path.lstrip("/")
+        if group.is_dir() and ".." not in group.parts:
+            places.append((top, group, *files[not controllers]))
+    return places
+
+
+def _read_cgroup(limit: Path, used: Path) -> CgroupMemory | None:
+    try:
+        limit_bytes = int(limit.read_text())
+        # Version 1 has no word for "none": it writes the largest number of pages.
+        if limit_bytes >= 2**60:
+            return None
+        used_bytes = int(used.read_text()) - _cache_bytes(used.parent / "memory.stat")
+        return CgroupMemory(limit_bytes, max(0, used_bytes))
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def _cache_bytes(stat: Path) -> int:
+    """What a group holds of files: given back when it is needed."""
+    names = ("inactive_file", "active_file")
+    try:
+        pairs = [line.split() for line in stat.read_text().splitlines()]
+        sizes = {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):
+        return 0
+    prefix = "total_" if "total_inactive_file" in sizes else ""  # version 1: with groups below
+    return sum(sizes.get(prefix + name, 0) for name in names)
 
 
 @functools.cache

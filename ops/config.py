@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from control.discovery.candidates import parse_peer
 from ops.errors import ConfigError
 from ops.yaml_lines import Document, YamlError, parse
 
@@ -60,9 +61,11 @@ def _memory(value: int) -> int:
 
 
 def _address(value: str) -> str:
-    host, _, port = value.rpartition(":") if value.count(":") == 1 else (value, "", "")
-    good_port = port.isdigit() and 0 < int(port) < 65536 if ":" in value else True
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", host) or not good_port:
+    try:
+        host, _ = parse_peer(value)
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", host):
         raise PydanticCustomError(
             "address", "{value} is not HOST or HOST:PORT (1 to 65535)", {"value": repr(value)}
         )
@@ -113,7 +116,8 @@ class Device(Section):
 class Network(Section):
     """How machines find each other."""
 
-    discovery: Literal["auto", "static"] = "auto"
+    discovery: Literal["auto", "static", "epmd"] = "auto"
+    tie_breaker: Hostname | None = None
     peers: Annotated[tuple[Address, ...], AfterValidator(_unique)] = ()
 
     @model_validator(mode="after")
@@ -122,7 +126,7 @@ class Network(Section):
             raise PydanticCustomError(
                 "peers", "discovery: static needs peers: [host[:port], ...]", {"at": "discovery"}
             )
-        if self.discovery == "auto" and self.peers:
+        if self.discovery != "static" and self.peers:
             raise PydanticCustomError(
                 "peers", "peers are used with discovery: static only", {"at": "peers"}
             )
@@ -238,6 +242,13 @@ class Config(Section):
                     "{name} is listed twice, first as devices[{first}]",
                     {"name": device.hostname, "first": first, "at": f"devices.{i}.hostname"},
                 )
+        breaker = self.network.tie_breaker
+        if breaker is not None and self.devices and breaker.lower() not in seen:
+            raise PydanticCustomError(
+                "tie_breaker",
+                "{name} is none of the devices",
+                {"name": breaker, "at": "network.tie_breaker"},
+            )
         roles = {role for device in self.devices for role in device.roles}
         if self.devices and self.network.discovery == "static" and Role.COORDINATOR not in roles:
             raise PydanticCustomError(

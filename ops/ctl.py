@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from ops import heart
-from ops.commands import bench, chat, cluster, models, remsh, shell, start, stop
+from ops.commands import bench, chat, cluster, doctor, models, remsh, shell, start, stop
 from ops.commands.output import note
 from ops.errors import BadUsage, ConfigError, HomeError, NoNode, OpsError, Refused
 
@@ -45,6 +45,7 @@ app.command()(chat.chat)
 app.command()(shell.shell)
 app.command()(remsh.remsh)
 app.command()(bench.bench)
+app.command()(doctor.doctor)
 
 
 def _version(asked: bool) -> None:

@@ -24,6 +24,7 @@ from bridge.process import Process
 from bridge.process_errors import StartError
 from bridge.term import Atom, Pid, Term
 from bridge.tls import TlsFiles
+from control.discovery.addresses import bindable, is_loopback, listen_hosts, read_interfaces
 from control.gateway.server import AddressUnavailable, check_address
 from ops import erlang_shell, logs
 from ops.config import Config, load
@@ -87,9 +88,11 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
             tls=tls.contexts() if tls else None,
         )
         erlang_shell.install(node)
-        await node.start(
-            listen=(host, config.node.dist_port), epmd=Epmd(tcp_port=settings.epmd_port)
-        )
+        hosts, dist_port = [host], config.node.dist_port
+        if not is_loopback(host):
+            hosts, dist_port = bindable(listen_hosts(host, read_interfaces()), dist_port)
+        epmd = Epmd(tcp_port=settings.epmd_port, serve_hosts=hosts)
+        await node.start(listen=(hosts, dist_port), epmd=epmd)
     except (OSError, EpmdError, TlsError) as exc:
         return _say(exc, BAD_CONFIGURATION)
     stopping = _StopRequest()
@@ -101,7 +104,7 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
     except AddressUnavailable as exc:
         await node.stop()
         return _say(exc, BAD_CONFIGURATION)
-    parts = make_parts(node, settings, config, home, tls, stop=stopping.ask)
+    parts = make_parts(node, settings, config, home, tls, hosts, stop=stopping.ask)
     watch = guard_loop()
     try:
         with node.open_process(label="node main") as me:

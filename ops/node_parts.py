@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bridge.node import Node
 from bridge.tls import TlsFiles
@@ -18,6 +18,7 @@ from control.rank import RankLimits
 from models.card import load_cards
 from ops.config import Config, Role
 from ops.home import Home
+from ops.joining import make_joining
 from ops.port_starter import PortStarter
 from ops.start_settings import StartSettings
 from ops.tree import Parts
@@ -32,10 +33,11 @@ def make_parts(
     config: Config,
     home: Home,
     tls: TlsFiles | None,
+    hosts: Sequence[str],
     *,
     stop: Callable[[bool], None],
 ) -> Parts:
-    """All parts of this node's tree."""
+    """All parts of this node's tree; ``hosts``: addresses that its distribution listens on."""
     device = next((d for d in config.devices if d.hostname in _host_names(settings)), None)
     roles = device.roles if device else frozenset(Role)
     limits = Limits(
@@ -43,6 +45,7 @@ def make_parts(
         max_cores=device.max_cores if device else None,
         gpu=device.gpu if device else None,
     )
+    joining = make_joining(node, settings, config, home.cookie(), hosts, tls)
     cards = load_cards(config.models.cards)
     store = ModelStore(config.models.dir or home.models_dir, cards)
     return Parts(
@@ -61,6 +64,9 @@ def make_parts(
         state_dir=home.state_dir,
         roles=tuple(sorted(str(r) for r in roles)),
         machine_limits=limits,
+        identity=joining.identity,
+        addresses=joining.addresses,
+        strategies=joining.strategies,
         defaults=Defaults(
             context_tokens=config.engine.context_tokens or DEFAULT_CONTEXT_TOKENS,
             num_slots=config.engine.num_slots,

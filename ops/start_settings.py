@@ -23,6 +23,7 @@ class StartSettings:
         models: to be loaded before the node is ready; the first is the alias ``default``.
         no_model: start empty, forgetting what ran before; ``models`` is empty then.
         log_json: stderr as one JSON object a line.
+        join: peers to connect to, ``host[:port]``, besides those of the configuration.
     """
 
     home: Path
@@ -34,6 +35,7 @@ class StartSettings:
     no_model: bool
     log_json: bool
     epmd_port: int
+    join: tuple[str, ...] = ()
 
     def to_file(self, path: Path) -> None:
         """Write, for this user only. Raises OSError."""
@@ -54,6 +56,7 @@ class StartSettings:
                 home=Path(data.pop("home")),
                 config=None if config is None else Path(config),
                 models=tuple(data.pop("models")),
+                join=tuple(data.pop("join", ())),
                 **data,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:

@@ -27,6 +27,7 @@ STATE_STYLE: Final = {
     "draining": "yellow",
     "failed": "bold red",
     "down": "bold red",
+    "refused": "bold red",
 }
 
 
@@ -129,6 +130,7 @@ NODES: Final = (
     Column("free memory", _memory),
     Column("devices", _devices),
     Column("pid", get("os_pid"), right=True),
+    Column("remark", lambda record: plain(record.get("why") or record.get("note"))),
 )
 INSTANCES: Final = (
     Column("instance", get("id")),

@@ -2,11 +2,12 @@
 
 heart                     OS parent (ops/heart.py): restarts the control process
 └─ root_sup               rest_for_one: what comes later needs what comes before
-   ├─ events              who wants to hear what changed
+   ├─ events              what happened, on any node, and who wants to hear of it
    ├─ cluster_sup         rest_for_one
-   │  ├─ membership       machines, their memory and devices
+   │  ├─ membership       machines, which are up, their memory and devices
    │  ├─ election         who leads, since which epoch
-   │  └─ scheduler        which instances should run, which do
+   │  ├─ scheduler        which instances should run, which do
+   │  └─ discovery        sees other machines and connects to them
    ├─ model_store         files of models
    ├─ ports               OS children: spares, leases, kills
    ├─ instance_sup        one_for_one, dynamic
@@ -29,6 +30,10 @@ from bridge.term import Atom, Pid
 from control import supervisor
 from control.cluster import Cluster
 from control.cluster_api import ClusterApi
+from control.discovery.addresses import read_interfaces
+from control.discovery.candidates import Address, Identity
+from control.discovery.server import Discovery
+from control.discovery.strategy import Strategy as DiscoveryStrategy
 from control.election import Election
 from control.errors import UnknownModel
 from control.events import Events
@@ -60,6 +65,9 @@ class Parts:
     state_dir: Path
     roles: tuple[str, ...]
     machine_limits: Limits
+    identity: Identity
+    addresses: Callable[[], tuple[Address, ...]]
+    strategies: Callable[[], Sequence[DiscoveryStrategy]]
     defaults: Defaults
     rank_limits: RankLimits
     autoload: bool
@@ -102,13 +110,21 @@ def cluster_sup(p: Parts) -> SupSpec:
         children=(
             _server(
                 "membership",
-                partial(Membership, partial(read_machine, p.machine_limits), p.roles),
+                partial(
+                    Membership,
+                    partial(read_machine, p.machine_limits),
+                    p.roles,
+                    identity=p.identity,
+                    addresses=p.addresses,
+                ),
             ),
             _server(
                 "election",
                 partial(Election, p.state_dir / "epoch", candidate="coordinator" in p.roles),
             ),
             _server("scheduler", partial(_scheduler, p)),
+            # Last, so that its faults restart nothing else.
+            _server("discovery", lambda: Discovery(p.strategies(), interfaces=read_interfaces)),
         ),
     )
 

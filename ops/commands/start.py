@@ -20,6 +20,7 @@ from ops.commands.options import model_ref
 from ops.config import Config, Http, Node, load
 from ops.errors import BadUsage, HomeError
 from ops.home import Home, open_home
+from ops.joining import check_peer, choose_node_name
 from ops.start_settings import StartSettings
 
 
@@ -37,7 +38,8 @@ def start(
         typer.Option(
             metavar="NODE",
             show_default="phalanx@127.0.0.1",
-            help="Distribution name, NAME@HOST; two nodes of one machine need two.",
+            help="Distribution name, NAME@HOST; two nodes of one machine need two. Beyond this "
+            "machine HOST is an address of it that the others reach.",
         ),
     ] = None,
     home: Annotated[
@@ -73,8 +75,8 @@ def start(
         list[str] | None,
         typer.Option(
             metavar="HOST[:PORT]",
-            help="Join the cluster of this machine; refused by this version, whose cluster is one "
-            "machine.",
+            help="Join the cluster of this machine, by its EPMD or the port of its distribution; "
+            "may be given several times. Both need the same cookie and cluster_name.",
         ),
     ] = None,
     log_json: Annotated[
@@ -91,10 +93,7 @@ def start(
 
     Prints one line beginning `ready:` with the node's name and URL once a chat is answered.
     """
-    if join:
-        raise BadUsage(
-            f"--join {join[0]}: the cluster of this version is one machine; leave it out"
-        )
+    peers = tuple(check_peer(peer) for peer in join or ())
     opened = open_home(home)
     file = config.expanduser().absolute() if config else None
     if file is None and opened.config_file.exists():
@@ -109,6 +108,7 @@ def start(
         no_model=no_model,
         log_json=log_json,
         insecure=insecure,
+        join=peers,
     )
     opened.cookie()
     with opened.hold():  # the node holds it itself; here only to say at once that it cannot
@@ -136,6 +136,7 @@ def decide(
     no_model: bool,
     log_json: bool,
     insecure: bool,
+    join: tuple[str, ...] = (),
 ) -> StartSettings:
     """Flags over configuration over defaults. Raises BadUsage naming the flag or field."""
     if no_model and models:
@@ -147,22 +148,18 @@ def decide(
             f"{where} lets other machines in, and this version has no API keys yet to keep "
             f"strangers out. Use 127.0.0.1, or say --insecure to open it to everybody."
         )
-    if config.network.discovery == "static":
-        raise BadUsage(
-            f"{config_file} network.discovery: static names peers, but the cluster of this version "
-            f"is one machine; leave the section out."
-        )
     chosen = () if no_model else models or config.models.default
     return StartSettings(
         home=home.root,
         config=config_file,
-        node=_node_name(name) if name is not None else config.node.name,
+        node=choose_node_name(None if name is None else _node_name(name), config, join),
         http_host=host,
         http_port=port,
         models=tuple(model_ref(one) for one in chosen),
         no_model=no_model or not chosen,
         log_json=log_json or config.log.format == "json",
         epmd_port=_epmd_port(config),
+        join=join,
     )
 
 

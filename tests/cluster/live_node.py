@@ -35,6 +35,7 @@ class LiveNode:
     lines: list[str] = field(default_factory=list)
     reader: threading.Thread | None = None
     ready_s: float = 0.0  # from the start of the command to its ready line
+    prefix: tuple[str, ...] = ()  # before every command, such as `ip netns exec NAME`
 
     @property
     def env(self) -> dict[str, str]:
@@ -46,9 +47,17 @@ class LiveNode:
 
     def start(self, *args: str, expect_ready: bool = True) -> LiveNode:
         """Run ``ctl start`` and wait for its ready line (or, without, for its end)."""
-        command = [sys.executable, "-m", "ops.ctl", "start", "--home", str(self.home)]
-        command += ["--name", self.name, "--http", "127.0.0.1:0", *args]
         begun_s = time.monotonic()
+        self.begin(*args)
+        if expect_ready:
+            self.wait_ready(1)
+            self.ready_s = time.monotonic() - begun_s
+        return self
+
+    def begin(self, *args: str) -> None:
+        """Run ``ctl start``; wait for nothing."""
+        command = [*self.prefix, sys.executable, "-m", "ops.ctl", "start", "--home", str(self.home)]
+        command += ["--name", self.name, "--http", "127.0.0.1:0", *args]
         self.heart = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -59,10 +68,6 @@ class LiveNode:
         )
         self.reader = threading.Thread(target=self._read, args=(self.heart,), daemon=True)
         self.reader.start()
-        if expect_ready:
-            self.wait_ready(1)
-            self.ready_s = time.monotonic() - begun_s
-        return self
 
     def wait_ready(self, times: int, timeout_s: float = READY_S) -> None:
         """Wait until the ready line was printed ``times`` times; learn the address from it."""
@@ -87,7 +92,7 @@ class LiveNode:
 
     def ctl(self, *args: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run another ``ctl`` command against this node."""
-        command = [sys.executable, "-m", "ops.ctl", *args, "--home", str(self.home)]
+        command = [*self.prefix, sys.executable, "-m", "ops.ctl", *args, "--home", str(self.home)]
         return subprocess.run(
             command, capture_output=True, text=True, env=self.env, timeout=timeout_s, check=False
         )

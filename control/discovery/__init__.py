@@ -1,0 +1,1 @@
+"""How machines find each other: strategies that see nodes, and the server that dials them."""
