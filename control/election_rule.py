@@ -328,7 +328,9 @@ class _Turn:
         if newer:
             s.clock, s.round_open = m.clock, True
         if s.leading:
-            if m.ask or newer:
+            if m.ask and not s.sure and m.lineage != s.roster.lineage:
+                self.send((sender,), self.status())  # no sign of life that it could follow
+            elif m.ask or newer:
                 self.sign((sender,))
             return
         if s.leader:

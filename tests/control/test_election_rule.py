@@ -287,11 +287,13 @@ messages = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(messages)
 def test_messages_are_plain_terms(message: Message) -> None:
     assert message_of(etf.decode(etf.encode(message_term(message)))) == message
 
 
+@pytest.mark.slow
 @given(messages, st.data())
 def test_what_is_no_message_is_refused(message: Message, data: st.DataObject) -> None:
     term = message_term(message)
@@ -302,6 +304,7 @@ def test_what_is_no_message_is_refused(message: Message, data: st.DataObject) ->
         message_of((*term[:-1], {}))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from("abcd"), messages), max_size=12))
 def test_no_message_crashes_a_node_or_takes_a_promise_back(
     heard: list[tuple[str, Message]],
