@@ -6,6 +6,7 @@ for nobody, unless the configuration says ``discovery: epmd`` or names peers on 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from control.discovery.addresses import (
     is_local_network,
     is_loopback,
     read_interfaces,
+    resolve,
 )
 from control.discovery.candidates import Address, Identity, parse_peer
 from control.discovery.epmd_strategy import EpmdStrategy
@@ -136,10 +138,45 @@ def choose_node_name(given: str | None, config: Config, join: Sequence[str]) -> 
             f"which of our addresses it reaches: --name NAME@ADDRESS"
         )
     if len(config.devices) > 1:
-        own = primary_address(read_interfaces())
+        interfaces = read_interfaces()
+        listed = listed_host(config, interfaces)
+        if listed is not None:
+            return f"{DEFAULT_SHORT_NAME}@{listed}"
+        own = primary_address(interfaces)
         if own is not None:
             return f"{DEFAULT_SHORT_NAME}@{own}"
     return config.node.name
+
+
+def own_host_names() -> frozenset[str]:
+    """Names under which ``devices`` may list this machine, in lower case."""
+    name = socket.gethostname()
+    return frozenset(one.lower() for one in (name, socket.getfqdn(), f"{name}.local"))
+
+
+def listed_host(config: Config, interfaces: Sequence[Interface]) -> str | None:
+    """The host name of this machine in ``devices``, where it means an address of its networks."""
+    ours = {one.address for one in interfaces if not is_loopback(one.address)}
+    for device in config.devices:
+        if device.hostname.lower() in own_host_names() and ours.intersection(
+            resolve(device.hostname)
+        ):
+            return device.hostname
+    return None
+
+
+def configured_machines(node: str, config: Config) -> tuple[tuple[str, ...], str]:
+    """Nodes whose majority decides, and the tie-breaker among them.
+
+    They are known where nodes are named after the ``hostname`` of their device, as they are by
+    default where those names can be resolved; else the machines that have joined decide, and no
+    nodes are returned.
+    """
+    short_name = node.partition("@")[0]
+    machines = tuple(f"{short_name}@{device.hostname}" for device in config.devices)
+    breaker = config.network.tie_breaker
+    tie_breaker = f"{short_name}@{breaker}" if breaker else ""
+    return (machines if node in machines else ()), tie_breaker
 
 
 def primary_address(interfaces: Sequence[Interface]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,7 +17,7 @@ from control.rank import RankLimits
 from models.card import load_cards
 from ops.config import Config, Role
 from ops.home import Home
-from ops.joining import make_joining
+from ops.joining import configured_machines, make_joining, own_host_names
 from ops.port_starter import PortStarter
 from ops.start_settings import StartSettings
 from ops.tree import Parts
@@ -38,7 +37,9 @@ def make_parts(
     stop: Callable[[bool], None],
 ) -> Parts:
     """All parts of this node's tree; ``hosts``: addresses that its distribution listens on."""
-    device = next((d for d in config.devices if d.hostname in _host_names(settings)), None)
+    names = own_host_names() | {settings.node.partition("@")[2].lower()}
+    device = next((d for d in config.devices if d.hostname.lower() in names), None)
+    machines, tie_breaker = configured_machines(settings.node, config)
     roles = device.roles if device else frozenset(Role)
     limits = Limits(
         max_memory_bytes=device.max_memory_bytes if device else None,
@@ -67,6 +68,8 @@ def make_parts(
         identity=joining.identity,
         addresses=joining.addresses,
         strategies=joining.strategies,
+        machines=machines,
+        tie_breaker=tie_breaker,
         defaults=Defaults(
             context_tokens=config.engine.context_tokens or DEFAULT_CONTEXT_TOKENS,
             num_slots=config.engine.num_slots,
@@ -82,9 +85,3 @@ def make_parts(
         open_timeout_s=config.limits.open_timeout_s,
         write_timeout_s=config.limits.write_timeout_s,
     )
-
-
-def _host_names(settings: StartSettings) -> set[str]:
-    """Names under which ``devices`` may list this machine."""
-    name = socket.gethostname()
-    return {name, socket.getfqdn(), f"{name}.local", settings.node.partition("@")[2]}

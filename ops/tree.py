@@ -68,6 +68,8 @@ class Parts:
     identity: Identity
     addresses: Callable[[], tuple[Address, ...]]
     strategies: Callable[[], Sequence[DiscoveryStrategy]]
+    machines: tuple[str, ...]
+    tie_breaker: str
     defaults: Defaults
     rank_limits: RankLimits
     autoload: bool
@@ -120,7 +122,13 @@ def cluster_sup(p: Parts) -> SupSpec:
             ),
             _server(
                 "election",
-                partial(Election, p.state_dir / "epoch", candidate="coordinator" in p.roles),
+                partial(
+                    Election,
+                    p.state_dir / "epoch",
+                    candidate="coordinator" in p.roles,
+                    machines=p.machines,
+                    tie_breaker=p.tie_breaker,
+                ),
             ),
             _server("scheduler", partial(_scheduler, p)),
             # Last, so that its faults restart nothing else.

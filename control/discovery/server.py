@@ -32,6 +32,7 @@ _log: Final = logging.getLogger("control.discovery")
 
 TICK_S: Final = 0.25
 CONNECT_S: Final = 3.0
+POLITE_S: Final = 0.5
 FORGET_S: Final = 86400.0
 LOOK_AGAIN_S: Final = 5.0  # after a strategy failed
 
@@ -159,6 +160,8 @@ class Discovery(GenServer):
         target = self._targets.get(candidate.node)
         if target is None:
             target = self._targets[candidate.node] = _Target(candidate, now_s)
+            if candidate.node < self.me.node.name:  # that it dials us is likely: do not collide
+                target.next_s = now_s + POLITE_S
             _log.info(
                 "found %s by %s at %s",
                 candidate.node,

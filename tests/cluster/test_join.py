@@ -168,6 +168,7 @@ def test_a_machine_with_another_cookie_is_seen_and_named_and_never_joined(
         assert doctor.returncode == 1
         (line,) = [x for x in doctor.stdout.splitlines() if there.name in x]
         assert "another secret" in line
+        assert f"works at {here.place.address}" in doctor.stdout
 
 
 def test_a_cut_link_is_noticed_and_the_machine_comes_back_with_it(auto: list[Machine]) -> None:
