@@ -23,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from bridge import gen_server
@@ -34,43 +34,17 @@ from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import membership_rule as rule
 from control.beats import BeatThread, last_sign_s
-from control.discovery.addresses import parse_ip
 from control.discovery.candidates import Address, Identity
 from control.events import publish_here
 from control.hello import Hello, addresses_of, addresses_term, hello_of, hello_term, judge
 from control.machine import Machine, differs
+from control.members import LEFT, Member, row, thread_targets
 
 _log: Final = logging.getLogger("control.membership")
 
 SHOW_DOWN_S: Final = 600.0  # how long a machine that is down is listed
 _NAME: Final = "membership"
 _LIMITS: Final = rule.Limits()
-
-
-@dataclass(slots=True)
-class _Member:
-    """A node that said hello, or did once.
-
-    Attributes:
-        peer: the failure detector's view; None while there is no connection.
-        facts: as its own ``nodes`` shows itself.
-        clock_ahead_s: how far its clock was ahead of ours when it said hello.
-        since_s: of the present state, by the event loop's clock.
-        refused: why it is no member; empty for a member.
-    """
-
-    hello: Hello | None
-    facts: dict[Any, Term]
-    since_s: float
-    peer: rule.Peer | None = None
-    note: str = ""
-    why: str = ""
-    refused: str = ""
-    clock_ahead_s: float = 0.0
-
-    @property
-    def up(self) -> bool:
-        return self.peer is not None and self.peer.up
 
 
 class Membership(GenServer):
@@ -96,7 +70,7 @@ class Membership(GenServer):
         super().__init__()
         self._read, self.roles, self._identity = read, roles, identity
         self._addresses, self._limits = addresses, limits
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._connected: set[str] = set()  # visible nodes, of ours or not
         self._subscribers: dict[Ref, Pid] = {}
         self._election: Pid | None = None
@@ -274,7 +248,7 @@ class Membership(GenServer):
             case ("leaving", _):
                 if member is not None and member.up:
                     member.peer = None
-                    self._act(node, (rule.Down("it has left"),))
+                    self._act(node, (rule.Down(LEFT),))
             case _:
                 raise ValueError(show(message))
 
@@ -294,7 +268,7 @@ class Membership(GenServer):
         now_s = self._now_s()
         member = self._members.get(node)
         if member is None or member.refused:
-            member = self._members[node] = _Member(None, {}, now_s)
+            member = self._members[node] = Member(None, {}, now_s)
         member.hello = hello
         member.clock_ahead_s = round(hello.clock_s - time.time(), 1)
         if verdict.note and verdict.note != member.note:
@@ -312,7 +286,7 @@ class Membership(GenServer):
         if member is not None and member.up:
             member.peer = None
             self._act(node, (rule.Down(why),))
-        self._members[node] = _Member(None, {}, self._now_s(), why=why, refused=why)
+        self._members[node] = Member(None, {}, self._now_s(), why=why, refused=why)
         gen_server.cast(self.me, Atom("discovery"), (Atom("refused"), Atom(node), why))
         self.me.node.disconnect(node)
 
@@ -335,7 +309,7 @@ class Membership(GenServer):
                 case rule.Cut():
                     self.me.node.disconnect(node)
 
-    def _node_up(self, node: str, member: _Member) -> None:
+    def _node_up(self, node: str, member: Member) -> None:
         assert member.hello is not None
         member.since_s, member.why = self._now_s(), ""
         _log.info("%s has joined", node)
@@ -350,7 +324,7 @@ class Membership(GenServer):
         ]
         self._tell(node, (Atom("known"), self.me.pid, known))
 
-    def _node_down(self, node: str, member: _Member, why: str) -> None:
+    def _node_down(self, node: str, member: Member, why: str) -> None:
         member.since_s, member.why = self._now_s(), why
         _log.warning("%s is down: %s", node, why)
         self._notify("node_down", node)
@@ -379,17 +353,10 @@ class Membership(GenServer):
     def _set_thread_peers(self, also: Hello | None = None) -> None:
         if self._thread is None:
             return
-        ours = parse_ip(self._beat_host())
-        family = ours.version if ours is not None else 4
         hellos = [m.hello for m in self._members.values() if m.up and m.hello is not None]
-        targets: dict[str, tuple[str, int]] = {}
-        for hello in [*hellos, *([also] if also is not None else [])]:
-            for address in hello.addresses if hello.beat_port else ():
-                ip = parse_ip(address.host)
-                if ip is not None and ip.version == family:
-                    targets[hello.node] = (address.host, hello.beat_port)
-                    break
-        self._thread.set_peers(targets)
+        if also is not None:
+            hellos.append(also)
+        self._thread.set_peers(thread_targets(self._beat_host(), hellos))
 
     # -- answers ---------------------------------------------------------------------------
 
@@ -412,37 +379,10 @@ class Membership(GenServer):
             **self._facts(),
             **self._read().to_term(),
         }
-        return [own, *(_row(node, self._members[node]) for node in sorted(self._members))]
+        return [own, *(row(node, self._members[node]) for node in sorted(self._members))]
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-def _row(node: str, member: _Member) -> Term:
-    state = "up" if member.up else "refused" if member.refused else "down"
-    return {
-        Atom("name"): Atom(node),
-        Atom("state"): Atom(state),
-        **(member.facts or _NOTHING),
-        Atom("note"): member.note,
-        Atom("clock_ahead_s"): member.clock_ahead_s,
-        Atom("why"): "" if member.up else member.why,
-    }
-
-
-_NOTHING: Final[dict[Any, Term]] = {
-    Atom("roles"): [],
-    Atom("memory"): {
-        Atom("total_bytes"): 0,
-        Atom("available_bytes"): 0,
-        Atom("limit_bytes"): 0,
-    },
-    Atom("cores"): 0,
-    Atom("has_mlx"): False,
-    Atom("devices"): [],
-    Atom("os_pid"): 0,
-    Atom("version"): "",
-}
 
 
 def _mirrored(theirs: Hello, mine: Hello) -> str:

@@ -35,6 +35,7 @@ from control.discovery.addresses import (
 from control.discovery.candidates import Candidate, Identity
 from control.json_view import to_json
 from control.machine import Limits, Machine, read_machine
+from control.members import LEFT
 from ops.client import ClusterClient, Target, run
 from ops.config import Config
 from ops.errors import NoNode, Refused
@@ -280,7 +281,8 @@ def members(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         skew_s = float(row.get("clock_ahead_s") or 0.0)
         if row["state"] == "down":
             text = f"{row['name']} is down: {row.get('why')}"
-            found.append(Finding("cluster", "bad", text))
+            left = row.get("why") == LEFT
+            found.append(Finding("cluster", "note" if left else "bad", text))
         if row.get("note"):
             found.append(Finding("version", "note", f"{row['name']}: {row['note']}"))
         if abs(skew_s) > MAX_SKEW_S:

@@ -31,7 +31,7 @@ from control.discovery.strategy import Strategy
 _log: Final = logging.getLogger("control.discovery")
 
 TICK_S: Final = 0.25
-CONNECT_S: Final = 3.0
+CONNECT_S: Final = 8.0  # longer than an attempt of the node takes: one is over before the next
 POLITE_S: Final = 0.5
 FORGET_S: Final = 86400.0
 LOOK_AGAIN_S: Final = 5.0  # after a strategy failed
@@ -192,7 +192,8 @@ class Discovery(GenServer):
             ):
                 target.dialling = True
                 ways = fastest_first(self._interfaces(), target.candidate.addresses)
-                self.me.spawn(_dialler(node, ways), link=True, label=f"dial {node}")
+                way = ways[target.num_failed % len(ways)]  # a dead one must not hide the next
+                self.me.spawn(_dialler(node, way), link=True, label=f"dial {node}")
 
     def _dialled(self, node: str, ok: bool, why: str) -> None:
         target = self._targets.get(node)
@@ -239,15 +240,11 @@ def _row(candidate: Candidate, state: str, why: str) -> dict[Any, Term]:
     }
 
 
-def _dialler(node: str, ways: Sequence[Address]) -> Callable[[Process], Any]:
+def _dialler(node: str, way: Address) -> Callable[[Process], Any]:
     async def dial(me: Process) -> None:
         assert me.parent is not None
-        ok = False
-        for way in ways:
-            ok = await me.node.connect(node, address=(way.host, way.port), timeout_s=CONNECT_S)
-            if ok:
-                break
-        why = "" if ok else "no link at " + ", ".join(map(str, ways))
+        ok = await me.node.connect(node, address=(way.host, way.port), timeout_s=CONNECT_S)
+        why = "" if ok else f"no link at {way}"
         me.send(me.parent, (Atom("dialled"), Atom(node), ok, why))
 
     return dial

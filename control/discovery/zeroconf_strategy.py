@@ -65,19 +65,24 @@ class ZeroconfStrategy:
         self._browser: AsyncServiceBrowser | None = None
         self._found: dict[str, Candidate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     async def look(self) -> Sequence[Candidate]:
         links = frozenset(
             (one.name, one.address) for one in self._interfaces() if one.address in self._hosts
         )
         if links != self._links or self._open is None:
-            await self.stop()
-            if links:
+            await self._close()
+            if links and not self._stopped:
                 await self._start(sorted(address for _, address in links))
             self._links = links
         return list(self._found.values())
 
     async def stop(self) -> None:
+        self._stopped = True  # a look that is under way must not begin anew
+        await self._close()
+
+    async def _close(self) -> None:
         browser, self._browser = self._browser, None
         opened, self._open = self._open, None
         for task in self._tasks:
