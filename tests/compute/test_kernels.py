@@ -171,6 +171,30 @@ def test_kernels_compiled_in_different_processes_live_together(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_warming_up_leaves_nothing_for_ranks_to_compile() -> None:
+    """In a process of its own: here other tests may have compiled them."""
+    script = """
+from compute import shm_kernels
+from compute.cpu.decoder import run_step
+from compute.cpu.warm import warm_up
+warm_up()
+names = ("all_reduce", "all_gather", "broadcast", "send", "receive")
+kernels = [run_step, *(getattr(shm_kernels, name) for name in names)]
+print([len(kernel.signatures) for kernel in kernels])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout.strip() == "[1, 1, 1, 1, 1, 1]", done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_exp_is_near_exact() -> None:
     x = np.linspace(-100, 88, 16 * 4096).astype(np.float32)
     y = np.empty_like(x)
