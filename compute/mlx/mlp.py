@@ -111,7 +111,7 @@ def route(
         if spec.group_score == "max":
             group_NG = by_group.max(axis=-1)
         else:
-            group_NG = mx.topk(by_group, 2, axis=-1).sum(axis=-1)
+            group_NG = mx.topk(by_group, min(2, by_group.shape[-1]), axis=-1).sum(axis=-1)
         worst = mx.argpartition(-group_NG, spec.num_active_groups - 1, axis=-1)
         worst = worst[:, spec.num_active_groups :, None]
         fill = mx.array(-mx.inf, mx.float32)

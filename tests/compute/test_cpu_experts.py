@@ -30,6 +30,7 @@ from models.sharding import RankShard
 from models.spec import ExpertSpec, ModelSpec
 from tests.compute.families import Mesh, Shape, cut
 from tests.compute.made import made
+from tests.compute.routing_cases import CASES, Case
 from tests.models.specs import small
 from tests.models.test_families import ATTENTION, COUNTS, gguf_tensors, moe_shapes
 from tests.models.tiny import write_gguf
@@ -120,6 +121,12 @@ def test_the_choice_is_that_of_the_torch_engine(
     again, same = chosen(logits[2:3], experts, bias)
     assert np.array_equal(again[0], factors[2])
     assert np.array_equal(same[0], numbers[2])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cases_of_all_engines(case: Case) -> None:
+    factors, numbers = chosen(case.logits, case.experts, case.bias_array)
+    case.check(numbers, factors)
 
 
 def test_of_equal_scores_the_first_are_chosen_and_nan_chooses_something() -> None:

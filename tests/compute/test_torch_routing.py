@@ -1,10 +1,9 @@
-"""The routing rule, against its definition written out token by token."""
+"""Torch's router, against the rule written out token by token."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,29 +11,7 @@ from hypothesis import strategies as st
 
 from compute.torch.routing import route
 from models.spec import ExpertSpec
-
-
-def by_hand(logits: list[float], experts: ExpertSpec, bias: list[float] | None) -> dict[int, float]:
-    """Weights of the experts that one token goes to."""
-    if experts.scoring == "softmax":
-        powers = np.exp(np.array(logits, dtype=np.float64) - max(logits))
-        scores = powers / powers.sum()
-    else:
-        scores = 1 / (1 + np.exp(-np.array(logits, dtype=np.float64)))
-    choice = scores + (0 if bias is None else np.array(bias))
-    size = experts.num_experts // experts.num_groups
-    groups = [range(at, at + size) for at in range(0, experts.num_experts, size)]
-
-    def best(group: range) -> float:
-        values = sorted(choice[list(group)])
-        return float(values[-1] if experts.group_score == "max" else sum(values[-2:]))
-
-    ranked = sorted(groups, key=best, reverse=True)[: experts.num_active_groups]
-    allowed = [expert for group in ranked for expert in group]
-    chosen = sorted(allowed, key=lambda expert: choice[expert], reverse=True)
-    kept = chosen[: experts.num_active]
-    total = sum(scores[expert] for expert in kept) if experts.normalize else 1.0
-    return {expert: float(scores[expert] / total * experts.scale) for expert in kept}
+from tests.compute.routing_cases import CASES, Case, by_hand
 
 
 # distinct by far more than rounding, so that there is one right choice
@@ -84,19 +61,11 @@ def test_tokens_go_where_the_rule_says(
             assert found[expert] == pytest.approx(weight, rel=1e-5)
 
 
-def test_a_group_that_is_out_of_reach_is_so_even_where_all_scores_are_negative() -> None:
-    """Scores of a closed group count as minus infinity, not as zero."""
-    experts = ExpertSpec(
-        num_experts=4,
-        num_active=2,
-        ffn_size=1,
-        scoring="sigmoid",
-        num_groups=2,
-        num_active_groups=1,
-    )
-    logits = torch.tensor([[-1.0, -2.0, -1.5, -1.6]])
-    ids = route(logits, experts, torch.full((4,), -5.0))[1]
-    assert sorted(ids[0].tolist()) == [0, 1]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cases_of_all_engines(case: Case) -> None:
+    bias = None if case.bias_array is None else torch.from_numpy(case.bias_array)
+    weights, ids = route(torch.from_numpy(case.logits), case.experts, bias)
+    case.check(ids.numpy(), weights.numpy())
 
 
 def test_a_token_whose_scores_all_vanish_gives_numbers() -> None:
