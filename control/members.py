@@ -47,9 +47,16 @@ def row(node: str, member: Member) -> dict[Any, Term]:
         Atom("name"): Atom(node),
         Atom("state"): Atom(state),
         **(member.facts or _NOTHING),
-        Atom("note"): member.note,
-        Atom("clock_ahead_s"): member.clock_ahead_s,
-        Atom("why"): "" if member.up else member.why,
+        **remarks(member.note, "" if member.up else member.why, member.clock_ahead_s),
+    }
+
+
+def remarks(note: str = "", why: str = "", clock_ahead_s: float = 0.0) -> dict[Any, Term]:
+    """``note``: what differs and does not hinder; ``why``: it is not up; its clock against ours."""
+    return {
+        Atom("note"): note,
+        Atom("why"): why,
+        Atom("clock_ahead_s"): clock_ahead_s,
     }
 
 

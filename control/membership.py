@@ -38,7 +38,7 @@ from control.discovery.candidates import Address, Identity
 from control.events import publish_here
 from control.hello import Hello, addresses_of, addresses_term, hello_of, hello_term, judge
 from control.machine import Machine, differs
-from control.members import LEFT, Member, row, thread_targets
+from control.members import LEFT, Member, remarks, row, thread_targets
 
 _log: Final = logging.getLogger("control.membership")
 
@@ -378,6 +378,7 @@ class Membership(GenServer):
             Atom("state"): Atom("up"),
             **self._facts(),
             **self._read().to_term(),
+            **remarks(),
         }
         return [own, *(row(node, self._members[node]) for node in sorted(self._members))]
 

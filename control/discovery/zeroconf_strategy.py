@@ -112,18 +112,19 @@ class ZeroconfStrategy:
 
     async def _announce(self, opened: AsyncZeroconf, addresses: list[str]) -> None:
         name = service_name(self._identity)
-        info = AsyncServiceInfo(
-            SERVICE_TYPE,
-            name,
-            port=self._port,
-            properties=dict(service_text(self._identity, self._port, self._nonce)),
-            server=name.removesuffix(SERVICE_TYPE) + "local.",
-            addresses=[_packed(address) for address in addresses],
-        )
         try:
+            info = AsyncServiceInfo(
+                SERVICE_TYPE,
+                name,
+                port=self._port,
+                properties=dict(service_text(self._identity, self._port, self._nonce)),
+                server=name.removesuffix(SERVICE_TYPE) + "local.",
+                addresses=[_packed(address) for address in addresses],
+            )
             # The name holds ours and the cluster's: who has it already is our own former life.
-            await (await opened.async_register_service(info, cooperating_responders=True))
-        except (OSError, ZeroconfError) as exc:
+            sent = await opened.async_register_service(info, cooperating_responders=True)
+            await sent
+        except (OSError, ZeroconfError, ValueError) as exc:  # ValueError: a name beyond 255 bytes
             _log.warning("cannot announce this node by multicast DNS: %r", exc)
 
     def _changed(

@@ -168,6 +168,7 @@ def test_a_machine_with_another_cookie_is_seen_and_named_and_never_joined(
         assert doctor.returncode == 1
         (line,) = [x for x in doctor.stdout.splitlines() if there.name in x]
         assert "another secret" in line
+        assert f"[{there.place.address_v6}]" in line  # announced and heard with both families
         assert f"works at {here.place.address}" in doctor.stdout
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bridge import gen_server
+from bridge.process_errors import ReceiveTimeout
 from bridge.term import Atom, Pid
 from control import membership_rule as rule
 from control.beats import GIVE_UP_S, BeatThread, last_sign_s
@@ -96,6 +97,24 @@ def test_a_silent_node_is_down_and_its_connection_is_cut() -> None:
         assert await me.receive(timeout_s=5) == ("node_down", b.name)
         assert b.name not in a.node.nodes()
         assert "silent for" in str((await a.rows())[b.name]["why"])
+
+    run(body)
+
+
+def test_a_node_whose_membership_is_late_stays_up_by_its_thread() -> None:
+    async def body(stack: contextlib.AsyncExitStack) -> None:
+        limits = rule.Limits()
+        a = await stack.enter_async_context(cluster_node("a", limits=limits))
+        b = await stack.enter_async_context(cluster_node("b", limits=limits))
+        me = await stack.enter_async_context(a.subscribed())
+        await connect(a, b)
+        assert await me.receive(timeout_s=5) == ("node_up", b.name)
+        assert b.membership is not None
+        await gen_server.sys_call(me, b.membership, Atom("suspend"))
+        with pytest.raises(ReceiveTimeout):  # twice the silence that is a machine's end
+            await me.receive(timeout_s=2 * limits.silence_s)
+        assert (await a.states())[b.name] == "up"
+        await gen_server.sys_call(me, b.membership, Atom("resume"))
 
     run(body)
 

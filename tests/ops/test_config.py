@@ -111,6 +111,14 @@ def test_the_documented_example_lists_every_field_with_its_default() -> None:
         ("devices: a", "1 devices: a list is expected"),
         ("network:\n  discovery: static", "2 network.discovery: discovery: static needs peers"),
         ("network: {discovery: mdns}", '1 network.discovery: "mdns" is none of'),
+        (
+            "network: {discovery: epmd, peers: [a]}",
+            "1 network.peers: peers are used with discovery: static only",
+        ),
+        (
+            "devices:\n- hostname: a\nnetwork:\n  tie_breaker: b",
+            "4 network.tie_breaker: b is none of the devices",
+        ),
         ("network:\n  peers: [a]", "2 network.peers: peers are used with discovery: static only"),
         (
             "network:\n  discovery: static\n  peers:\n  - a\n  - b:99999",
