@@ -37,7 +37,7 @@ class EngineThread:
         self._worker: Worker | None = None
         self._follower: Follower | None = None
         self.steps = 0  # progress counter, read by the beat
-        self.busy = False  # True while a command or a step runs
+        self.busy = False  # True while a step runs; loading may take its time
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -60,8 +60,8 @@ class EngineThread:
         """Give the thread a loaded worker (call on the engine thread, through ``run``)."""
         self._worker = worker
 
-    def set_follower(self, follower: Follower) -> None:
-        """Let the thread follow a head from now on (call on the engine thread)."""
+    def set_follower(self, follower: Follower | None) -> None:
+        """Let the thread follow a head from now on, or no more (call on the engine thread)."""
         self._follower = follower
 
     def submit(self, request: Submit) -> None:
@@ -84,6 +84,7 @@ class EngineThread:
             while True:
                 self._drain()
                 if self._follower is not None:
+                    self.busy = True
                     self._follower.step()
                     self.steps += 1
                 if self._worker is not None and not self._worker.idle:
@@ -97,15 +98,13 @@ class EngineThread:
 
     def _drain(self) -> None:
         """Run waiting commands; block for one when there is nothing to step."""
+        self.busy = False
         idle = self._is_idle()
         while True:
-            if idle:
-                self.busy = False
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return
-            self.busy = True
             command()
             self.steps += 1
             idle = self._is_idle()

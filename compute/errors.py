@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ComputeError(Exception):
     """Base of what the compute plane raises on purpose; ``kind`` is what remote callers see."""
@@ -44,6 +46,11 @@ class PeerLost(ComputeError):
     def __init__(self, rank: int, why: str) -> None:
         super().__init__(rank, why)
         self.rank, self.why = rank, why
+
+    def called(self, ranks: Sequence[int]) -> PeerLost:
+        """The same loss, by the mesh's number of the group's member."""
+        known = 0 <= self.rank < len(ranks)
+        return PeerLost(ranks[self.rank] if known else self.rank, self.why)
 
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.rank >= 0 else "a rank"

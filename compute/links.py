@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from compute.collectives import Backend, Group, Rendezvous, choose_backend, join
+from compute.errors import PeerLost
 from compute.orders import SILENT_S, OrderReceiver, OrderSender
 from compute.places import Listeners, Place
 from compute.stage import FloatArray, Peers, Row, Stage, num_positions
@@ -54,19 +55,47 @@ class Meeting:
         return head_rank(self.shard.tensor.world_size, self.shard.pipeline.world_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A group of two: the earlier stage's rank (0), the later one's (1).
+
+    Attributes:
+        ranks: what the two are called in the mesh.
+    """
+
+    group: Group
+    ranks: tuple[int, ...]
+
+    def send(self, x: FloatArray, timeout_s: float) -> None:
+        """Hand ``x`` to the later one. Raises PeerLost."""
+        try:
+            self.group.send(x, to=1, timeout_s=timeout_s)
+        except PeerLost as lost:
+            raise lost.called(self.ranks) from lost
+
+    def receive(self, shape: tuple[int, int], timeout_s: float) -> FloatArray:
+        """Take what the earlier one hands on: float32 of ``shape``. Raises PeerLost."""
+        x = np.empty(shape, dtype=np.float32)
+        try:
+            self.group.receive(x, source=0, timeout_s=timeout_s)
+        except PeerLost as lost:
+            raise lost.called(self.ranks) from lost
+        return x
+
+
 @dataclass(slots=True)
 class Links:
     """All connections of one rank. Without others: none.
 
     Attributes:
         peers: the tensor ranks of its stage.
-        before, after: two ranks each: the neighbour stage's counterpart and this one.
-        orders: to the followers on the head, from the head on a follower.
+        before, after: this rank and its counterpart in a neighbour stage.
+        sender, receiver: of orders: the first on the head, the other on a follower.
     """
 
     peers: Peers | None = None
-    before: Group | None = None
-    after: Group | None = None
+    before: Neighbour | None = None
+    after: Neighbour | None = None
     sender: OrderSender | None = None
     receiver: OrderReceiver | None = None
     step_timeout_s: float = 0.0
@@ -110,11 +139,10 @@ def run(stage: Stage, links: Links, rows: Sequence[Row]) -> FloatArray:
     incoming = None
     if links.before is not None:
         shape = (num_positions(rows), stage.spec.hidden_size)
-        incoming = np.empty(shape, dtype=np.float32)
-        links.before.receive(incoming, source=0, timeout_s=links.step_timeout_s)
+        incoming = links.before.receive(shape, links.step_timeout_s)
     out = stage.run(rows, incoming, links.peers)
     if links.after is not None:
-        links.after.send(out, to=1, timeout_s=links.step_timeout_s)
+        links.after.send(out, links.step_timeout_s)
     return out
 
 
@@ -131,7 +159,7 @@ def _join_tensor(meeting: Meeting, listeners: Listeners, links: Links) -> None:
     group = _join(meeting, "tensor", ranks, listeners, backend=backend)
     links.groups.append(group)
     vocab = tuple(meeting.mesh[rank].vocab for rank in ranks)
-    links.peers = Peers(group, vocab, meeting.step_timeout_s)
+    links.peers = Peers(group, vocab, meeting.step_timeout_s, tuple(ranks))
 
 
 def _join_neighbours(meeting: Meeting, listeners: Listeners, links: Links) -> None:
@@ -144,10 +172,11 @@ def _join_neighbours(meeting: Meeting, listeners: Listeners, links: Links) -> No
         pair = range(lower, lower + world + 1, world)
         group = _join(meeting, "after", pair, listeners, backend=None)
         links.groups.append(group)
+        neighbour = Neighbour(group, tuple(pair))
         if lower == meeting.rank:
-            links.after = group
+            links.after = neighbour
         else:
-            links.before = group
+            links.before = neighbour
 
 
 def _join(
@@ -167,7 +196,10 @@ def _join(
     chosen = backend or choose_backend(rendezvous, "cpu")
     listens = chosen not in ("shm", "single") and meeting.rank == ranks[0]
     listener = listeners.take(use) if listens else None
-    return join(rendezvous, device=meeting.device, backend=chosen, listener=listener)
+    try:
+        return join(rendezvous, device=meeting.device, backend=chosen, listener=listener)
+    except PeerLost as lost:
+        raise lost.called(ranks) from lost
 
 
 def _backend(meeting: Meeting, ranks: range) -> Backend:

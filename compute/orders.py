@@ -11,27 +11,22 @@ A tick says that the head lives; it comes when nothing else does.
 
 from __future__ import annotations
 
-import hmac
-import json
 import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from compute.errors import JoinRefused, PeerLost
+from compute.errors import PeerLost
+from compute.order_door import Door, call, refuse, welcome
 from compute.stage import Row
 
 TICK_S = 1.0
 SILENT_S = 10.0  # ticks come from a thread of their own, however long a step takes
-HELLO_S = 5.0
-_MAX_HELLO_BYTES = 1024
 _MAX_FRAME_BYTES = 64 << 20
-_RETRY_S = 0.02
 _HEAD = struct.Struct("!II")
 _TICK, _ROWS = 0, 1
 
@@ -95,26 +90,20 @@ class OrderSender:
         send_timeout_s: float,
     ) -> OrderSender:
         """Wait for all followers; takes the listener over. Raises PeerLost."""
-        deadline_s = time.monotonic() + timeout_s
         found: dict[int, socket.socket] = {}
         try:
-            with listener:
+            with Door(listener, group) as door:
+                deadline_s = time.monotonic() + timeout_s
                 while found.keys() != ranks:
-                    left_s = deadline_s - time.monotonic()
-                    if left_s <= 0:
+                    called = door.greet(deadline_s)
+                    if called is None:
                         missing = min(ranks - found.keys())
                         raise PeerLost(missing, f"did not come for orders in {timeout_s:g} s")
-                    listener.settimeout(left_s)
-                    try:
-                        connection, _ = listener.accept()
-                    except TimeoutError:
-                        continue
-                    rank = _greeted(connection, group, min(HELLO_S, left_s))
-                    if rank in ranks and rank not in found:
-                        connection.sendall(b"ok\n")
+                    rank, connection = called
+                    if rank not in ranks or rank in found:
+                        refuse(connection)
+                    elif welcome(connection, send_timeout_s):
                         found[rank] = connection
-                    else:  # a stranger, who learns nothing
-                        connection.close()
         except BaseException:
             for connection in found.values():
                 connection.close()
@@ -123,7 +112,9 @@ class OrderSender:
 
     def send(self, rows: Sequence[Row]) -> None:
         """Tell every rank to run these rows. Raises PeerLost."""
-        self._send(encode_rows(rows))
+        lost = self._send(encode_rows(rows))
+        if lost is not None:
+            raise lost
 
     def close(self) -> None:
         """End the ticks; followers see the end of their stream."""
@@ -133,22 +124,23 @@ class OrderSender:
                 connection.close()
             self._sockets = {}
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: bytes) -> PeerLost | None:
+        """Hand a frame to all who take it; the first who does not."""
+        lost = None
         with self._lock:
             self._sent_s = time.monotonic()
             for rank, connection in self._sockets.items():
                 try:
                     connection.sendall(frame)
                 except OSError as exc:
-                    raise PeerLost(rank, f"it takes no orders: {exc}") from exc
+                    lost = lost or PeerLost(rank, f"it takes no orders: {exc}")
+        return lost
 
     def _keep_ticking(self) -> None:
         while not self._closed.wait(TICK_S):
             if time.monotonic() - self._sent_s >= TICK_S:
-                try:
-                    self._send(_HEAD.pack(4, _TICK))
-                except PeerLost:
-                    return  # the next order, or the rank's own supervisor, finds it too
+                # Whom it does not reach, the next order or that rank's own supervisor finds too.
+                self._send(_HEAD.pack(4, _TICK))
 
 
 class OrderReceiver:
@@ -188,29 +180,12 @@ class OrderReceiver:
 
         Raises:
             PeerLost: it is not there, or ended.
-            JoinRefused: it does not know this group or rank.
+            JoinRefused: it is there, and does not take this rank of this group.
         """
-        deadline_s = time.monotonic() + timeout_s
-        hello = json.dumps({"group": group, "rank": rank}).encode() + b"\n"
-        while True:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise PeerLost(head, f"gave no orders at {address} in {timeout_s:g} s")
-            try:
-                connection = socket.create_connection(address, timeout=min(HELLO_S, left_s))
-            except OSError:
-                time.sleep(min(_RETRY_S, left_s))
-                continue
-            try:
-                connection.settimeout(left_s)
-                connection.sendall(hello)
-                answer = _line(connection)
-            except OSError:
-                answer = b""
-            if answer == b"ok":
-                return cls(connection, head=head, silent_s=silent_s)
-            connection.close()
-            raise JoinRefused(f"rank {head} at {address} does not take rank {rank} as follower")
+        connection = call(
+            address, group=group, rank=rank, head=head, deadline_s=time.monotonic() + timeout_s
+        )
+        return cls(connection, head=head, silent_s=silent_s)
 
     def receive(self, *, timeout_s: float) -> list[Row] | None:
         """The next order, or None when none came in time. Raises PeerLost."""
@@ -261,27 +236,3 @@ class OrderReceiver:
         body = bytes(self._buffer[_HEAD.size : 4 + length])
         del self._buffer[: 4 + length]
         return kind, body
-
-
-def _greeted(connection: socket.socket, group: str, timeout_s: float) -> int:
-    """Rank of who called, -1 for anyone who does not know the group."""
-    try:
-        connection.settimeout(timeout_s)
-        hello: Any = json.loads(_line(connection))
-        theirs, rank = hello["group"], hello["rank"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
-    if not isinstance(theirs, str) or not isinstance(rank, int):
-        return -1
-    return rank if hmac.compare_digest(theirs.encode(), group.encode()) else -1
-
-
-def _line(connection: socket.socket) -> bytes:
-    """One short line. Raises OSError, also for one that is none."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte or len(line) >= _MAX_HELLO_BYTES:
-            raise OSError("no greeting")
-        line += byte
-    return line[:-1]

@@ -28,7 +28,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -44,8 +44,12 @@ from compute.places import Listeners, place_term
 from compute.requests import LoadOrder, to_submit
 from compute.worker import Token, Worker
 
+if TYPE_CHECKING:
+    from compute.loading import Loaded
+
 log = logging.getLogger("compute.port")
 
+LEAVE_S = 1.0
 CHUNK_TOKENS = 256  # of a step that prefills
 PIPELINE_CHUNK_TOKENS = 64  # shorter, so that all stages soon have one
 
@@ -73,7 +77,7 @@ class PortServer(GenServer):
         self._thread = EngineThread(emit=self._from_thread(self._deliver), on_crash=self._crashed)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: Listeners | None = None
-        self._follows = False
+        self._loaded: Loaded | None = None
 
     async def init(self, me: Process) -> None:
         self._loop = asyncio.get_running_loop()
@@ -125,6 +129,21 @@ class PortServer(GenServer):
             case _:
                 await super().handle_info(message)
 
+    async def terminate(self, reason: Term) -> None:
+        if self._listeners is not None:
+            self._listeners.close()
+        if self._loaded is not None:
+            left = asyncio.wrap_future(self._thread.run(self._leave))
+            await asyncio.wait({left}, timeout=LEAVE_S)  # a step may take longer than we have
+
+    def _leave(self) -> None:
+        """Runs on the engine thread: tell the other ranks that this one goes."""
+        self._thread.set_follower(None)
+        self._thread.set_worker(None)
+        if self._loaded is not None:
+            self._loaded.links.close()
+            self._loaded.stage.close()
+
     def beat(self) -> None:
         """Tell the owner that this rank lives, and how far it has come."""
         if self.owner is not None:
@@ -155,6 +174,15 @@ class PortServer(GenServer):
         return (Atom("ok"), {Atom("holds"): holds, Atom("place"): place})
 
     def _load(self, options: dict[Any, Term], from_: Term) -> Term:
+        listeners, self._listeners = self._listeners, None
+        answer = self._begin_load(options, listeners, from_)
+        if answer is not NOREPLY and listeners is not None:
+            listeners.close()  # nobody is to be met
+        return answer
+
+    def _begin_load(
+        self, options: dict[Any, Term], listeners: Listeners | None, from_: Term
+    ) -> Term:
         try:
             order = LoadOrder.from_term(options)
         except BadRequest as exc:
@@ -165,9 +193,8 @@ class PortServer(GenServer):
         if self.order is not None:
             return (Atom("error"), Atom("busy"), f"this port already holds {self.order.instance}")
         self.order = order
-        listeners, self._listeners = self._listeners, None
         future = self._thread.run(lambda: self._load_worker(order, listeners))
-        asyncio.wrap_future(future).add_done_callback(lambda done: self._loaded(done, from_))
+        asyncio.wrap_future(future).add_done_callback(lambda done: self._answer_load(done, from_))
         return NOREPLY
 
     def _load_worker(self, order: LoadOrder, listeners: Listeners | None) -> dict[Any, Term]:
@@ -179,9 +206,9 @@ class PortServer(GenServer):
         finally:
             if listeners is not None:
                 listeners.close()
+        self._loaded = loaded
         if loaded.engine is None:
             self._thread.set_follower(Follower(loaded.stage, loaded.links))
-            self._follows = True
         else:
             worker = Worker(
                 loaded.engine,
@@ -192,7 +219,7 @@ class PortServer(GenServer):
             self._thread.set_worker(worker)
         return facts(loaded.stage)
 
-    def _loaded(self, done: asyncio.Future[dict[Any, Term]], from_: Term) -> None:
+    def _answer_load(self, done: asyncio.Future[dict[Any, Term]], from_: Term) -> None:
         error = done.exception()
         if error is None:
             self.facts = done.result()
@@ -209,7 +236,7 @@ class PortServer(GenServer):
     # -- requests --------------------------------------------------------------------------
 
     def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
-        if self._follows:
+        if self._loaded is not None and self._loaded.engine is None:
             text = "this rank follows the head of its mesh: requests go there"
             self.me.send(requester, (Atom("done"), ref, Atom("error"), text))
             return

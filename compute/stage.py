@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compute.collectives import Group, Tensor
+from compute.errors import PeerLost
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -51,20 +52,28 @@ class Peers:
         group: carries arrays of the stage's own kind (numpy, torch or mlx).
         vocab: rows of the output layer that each rank has, in rank order.
         timeout_s: before a silent peer counts as lost.
+        ranks: what the members of the group are called in the mesh; empty: as in the group.
     """
 
     group: Group
     vocab: tuple[range, ...]
     timeout_s: float
+    ranks: tuple[int, ...] = ()
 
     def sum(self, x: Tensor) -> Tensor:
         """Everybody's ``x`` added up, in place where arrays can change. Raises PeerLost."""
-        return self.group.all_reduce_sum(x, timeout_s=self.timeout_s)
+        try:
+            return self.group.all_reduce_sum(x, timeout_s=self.timeout_s)
+        except PeerLost as lost:
+            raise lost.called(self.ranks) from lost
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Logits of all ranks, (outputs, their vocab) each, in rank order. Raises PeerLost."""
         shapes = [(int(part.shape[0]), len(rows)) for rows in self.vocab]
-        return self.group.all_gather(part, shapes=shapes, timeout_s=self.timeout_s)
+        try:
+            return self.group.all_gather(part, shapes=shapes, timeout_s=self.timeout_s)
+        except PeerLost as lost:
+            raise lost.called(self.ranks) from lost
 
 
 class Stage(Protocol):

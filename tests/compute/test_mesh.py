@@ -89,7 +89,17 @@ def test_a_lost_rank_ends_the_others_in_time(
         mesh.signal(lost, how)
         answer = mesh.hear(1 - lost)
         assert answer["error"] == "PeerLost", answer
+        assert f"rank {lost} is lost" in answer["text"], answer
         assert answer["at_s"] - at_s < (1.0 if how == signal.SIGKILL else 5.0), answer
+
+
+@pytest.mark.slow
+def test_the_middle_of_a_pipeline_is_named_by_its_number_in_the_mesh() -> None:
+    with Mesh(default_model_path(), pipeline=3, step_timeout_s=2.0) as mesh:
+        mesh.load()
+        mesh.tell(mesh.head, {"generate": [[504, 2365]], "count": 500})
+        mesh.signal(1, signal.SIGKILL)
+        assert "rank 1 is lost" in mesh.hear(2)["text"]
 
 
 @pytest.mark.slow

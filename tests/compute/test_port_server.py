@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ async def two_ports() -> AsyncIterator[Ports]:
     servers = [PortServer(f"p{rank}", end=ended.append) for rank in (0, 1)]
     pids = [await gen_server.start(node, server) for server in servers]
     yield Ports(node, pids, ended)
+    with node.open_process(label="end") as me:
+        for pid in reversed(pids):  # the head last: a follower without one ends its process
+            gone = me.monitor(pid)
+            gen_server.cast(me, pid, Atom("stop"))
+            await me.receive(lambda m, gone=gone: m if m[:2] == ("DOWN", gone) else None)  # type: ignore[misc]
     await node.stop()
 
 
@@ -85,6 +91,9 @@ def test_two_ports_become_a_mesh_and_the_head_answers(model: Path) -> None:
                 assert held[1]["holds"] == group
                 again = await ports.call(1, order(model, 1, places, group, epoch=2))
                 assert again == ("ok", facts[1])  # adopted: nothing is loaded twice
+                port = held[1]["place"]["ports"]["orders"]
+                with pytest.raises(ConnectionRefusedError):  # and nothing is left to be met at
+                    socket.create_connection(("127.0.0.1", port), timeout=1.0)
                 other = await ports.call(1, order(model, 1, places, "another"))
                 assert other[:2] == ("error", "busy")
 
