@@ -72,8 +72,8 @@ class StaticStrategy:
         """Nothing is held."""
 
     def _is_there(self, peer: _Peer) -> bool:
-        there = self._connected()
-        return bool(peer.found) and all(one.node in there for one in peer.found if not one.refused)
+        there, wanted = self._connected(), [one.node for one in peer.found if not one.refused]
+        return bool(wanted) and all(node in there for node in wanted)
 
     async def _ask(self, peer: _Peer) -> None:
         found = await self._nodes_of(peer)

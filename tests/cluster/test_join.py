@@ -99,7 +99,11 @@ class Feed:
 
 def until_states(machines: Iterable[Machine], wanted: dict[str, str]) -> None:
     for machine in machines:
-        wait_until(partial(_has_states, machine, wanted), JOIN_S, f"{machine.name}: {wanted}")
+        try:
+            wait_until(partial(_has_states, machine, wanted), JOIN_S, f"{machine.name}: {wanted}")
+        except AssertionError as exc:
+            log = "\n".join(machine.node.lines)
+            raise AssertionError(f"{exc}\nbut {machine.states()}\n{log}") from exc
 
 
 def _has_states(machine: Machine, wanted: dict[str, str]) -> bool:

@@ -48,6 +48,19 @@ def test_a_static_peer_is_joined_and_found_again_after_it_was_away() -> None:
     run(body)
 
 
+def test_a_static_peer_that_comes_later_is_joined() -> None:
+    async def body(stack: contextlib.AsyncExitStack) -> None:
+        port = free_port()
+        a = await stack.enter_async_context(cluster_node("a"))
+        await a.discover([a.static("127.0.0.1", epmd_port=port)])
+        row = await until_seen(a, "127.0.0.1", "refused")
+        assert "no EPMD" in row["why"]
+        b = await stack.enter_async_context(cluster_node("b", epmd=Epmd(tcp_port=port)))
+        await until_states(a, {a.name: "up", b.name: "up"})
+
+    run(body)
+
+
 def test_nodes_that_know_one_in_common_find_each_other() -> None:
     async def body(stack: contextlib.AsyncExitStack) -> None:
         nodes = [await stack.enter_async_context(cluster_node(n)) for n in ("a", "b", "c")]
