@@ -22,8 +22,9 @@ from control.errors import ControlError
 from control.instance import History, instance_child
 from control.instance_spec import InstanceSpec, RankSpec
 from control.load_options import LoadOptions
-from control.placement import MEMORY, decide
+from control.placement import decide
 from control.placement_request import Defaults, Host, Request
+from control.placement_types import MEMORY
 from control.rank import RankLimits
 from control.reconcile import Running
 from models.checkpoint import open_checkpoint

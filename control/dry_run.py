@@ -13,8 +13,9 @@ from bridge.term import Atom, Term
 from control.errors import ControlError, NotReady
 from control.instance_spec import describe_shape
 from control.load_options import LoadOptions
-from control.placement import Candidate, Placement, RankPlace, decide
+from control.placement import decide
 from control.placement_request import Defaults, Host, Request
+from control.placement_types import Candidate, Placement, RankPlace
 from models.card import Card
 from models.card_spec import kind_of_card, spec_of_card
 from models.checkpoint import Checkpoint, open_checkpoint

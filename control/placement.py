@@ -8,101 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from control.errors import NoPlacement
 from control.load_options import BadOption, MeshShape
 from control.placement_request import Host, Request
-from models.errors import ModelError
-from models.footprint import Footprint, Kernels, footprint, kernels_for
+from control.placement_types import MEMORY, Candidate, Placement, RankPlace
+from models.footprint import Footprint, footprint, kernels_for
 from models.legal import IllegalShares, check
 from models.mesh import Costs, Units, mesh, units_of, weight_costs
-from models.sharding import RankShard
 from models.spec import ModelSpec
+from models.stored import Assumed, Stored
 
 MOST_CONSIDERED = 8  # ranks of a shape that nobody asked for
-MEMORY = "memory"  # what CPU ranks share; a CUDA device has its own
-
-
-class StoredAs(Protocol):
-    """What is asked of a tensor."""
-
-    @property
-    def kind(self) -> str:
-        """Storage format."""
-        ...
-
-    @property
-    def block_columns(self) -> int:
-        """Columns that are stored together."""
-        ...
-
-
-class Stored(Protocol):
-    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
-
-    def tensor(self, name: str) -> StoredAs:
-        """One weight by canonical name."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
-    """One rank of a mesh.
-
-    Attributes:
-        device: where it would run; told: what its port is told, empty lets it choose.
-        pool: the memory it takes of: ``MEMORY``, or that of a CUDA device.
-        limit_bytes: what the rank may take: the machine's memory less what the others take; 0
-            where that is not known.
-    """
-
-    node: str
-    device: str
-    told: str
-    pool: str
-    kernels: Kernels
-    threads: int
-    shard: RankShard
-    needs: Footprint
-    limit_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One shape. ``why`` says why it is not taken; empty for the chosen one.
-
-    Attributes:
-        ranks: empty where the model cannot be cut so.
-        refusal: what makes it impossible; None where it would fit.
-    """
-
-    shape: MeshShape
-    ranks: tuple[RankPlace, ...] = ()
-    refusal: ModelError | NoPlacement | None = None
-    why: str = ""
-
-    @property
-    def total_bytes(self) -> int:
-        """Memory of all ranks."""
-        return sum(rank.needs.total_bytes for rank in self.ranks)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """The decision.
-
-    Attributes:
-        chosen: None where nothing fits; ``refusal`` is then the reason to tell.
-        rejected: every other shape that was looked at.
-    """
-
-    request: Request
-    engine: str
-    chosen: Candidate | None
-    rejected: tuple[Candidate, ...]
-    refusal: ModelError | NoPlacement | None = None
 
 
 def decide(
@@ -181,7 +98,7 @@ class _Machine:
         self.host, self.request, self.spec = host, request, spec
         self.engine = _engine(request, host)
         self._across = request.experts == "across"
-        self._stored: Stored = stored if stored is not None else _Assumed(kind)
+        self._stored: Stored = stored if stored is not None else Assumed(kind)
         self._units = Units() if stored is None else units_of(spec, stored)
         self._costs: Costs = weight_costs(spec)
 
@@ -287,18 +204,6 @@ class _Machine:
         total_bytes = sum(rank.needs.total_bytes for rank in ranks)
         together = f", together {_gb(total_bytes)}" if len(ranks) > 1 else ""
         return NoPlacement(self.request.model, str(shape), f"{needs}{together}; {where}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Assumed:
-    """A model that is not here yet, taken to be stored in one format throughout."""
-
-    kind: str
-    block_columns: int = 32
-
-    def tensor(self, name: str) -> _Assumed:
-        del name
-        return self
 
 
 def _engine(request: Request, host: Host) -> str:

@@ -18,16 +18,17 @@ from control.errors import NoPlacement
 from control.greedy import MOST_VISITS
 from control.load_options import MeshShape
 from control.mesh_shape import shape_of
-from control.placement import Candidate, Placement, RankPlace
 from control.placement_request import Request
 from control.placement_search import Row, Search
+from control.placement_types import Candidate, Placement, RankPlace
 from control.plan_text import roughly, slower
-from control.rank_bytes import Assumed, Cuts, Stored
+from control.rank_bytes import Cuts
 from control.seats import Fenced, Member, Speeds, seats_of
 from control.shortage import MOST_NAMED, gb
 from control.topology import Topology
 from models.legal import tensor_limits
 from models.spec import ModelSpec
+from models.stored import Assumed, Stored
 
 __all__ = ["Fenced", "Goal", "Member", "Option", "Plan", "Policy", "plan"]
 

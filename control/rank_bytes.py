@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,45 +20,11 @@ from models.layout import layer_tensors
 from models.mesh import Costs, Experts, Units, mesh, units_of, weight_costs
 from models.sharding import RankShard
 from models.spec import ModelSpec
+from models.stored import Stored, TensorFormat
 
 Table = npt.NDArray[np.float64]  # (layers + 1, layers + 1): of layers ``start`` to ``stop``
 SHARE_UNITS: Final = 100  # shares of a stage are whole parts of this, or of its ranks by four
 _COUNTERS_BYTES: Final = 2048  # at most, that one more layer adds to a workspace
-
-
-class StoredAs(Protocol):
-    """What is asked of a tensor."""
-
-    @property
-    def kind(self) -> str:
-        """Storage format."""
-        ...
-
-    @property
-    def block_columns(self) -> int:
-        """Columns that are stored together."""
-        ...
-
-
-class Stored(Protocol):
-    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
-
-    def tensor(self, name: str) -> StoredAs:
-        """One weight by canonical name."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Assumed:
-    """A model that is not here yet, taken to be stored in one format throughout."""
-
-    kind: str
-    block_columns: int = 32
-
-    def tensor(self, name: str) -> Assumed:
-        """Any weight."""
-        del name
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +175,7 @@ class Cuts:
             start_layer=layers.start,
             end_layer=layers.stop,
             is_first_layer=first,
+            is_last_layer=layers.stop == self._looked_at(seat)[1],
         )
         short = seat.kernels != "mlx"
         return self.needs(seat, replace(shard, pipeline=stage), short=short)
@@ -265,7 +232,7 @@ class _Short:
     whole: Stored
     kept: tuple[int, ...]
 
-    def tensor(self, name: str) -> StoredAs:
+    def tensor(self, name: str) -> TensorFormat:
         """One weight by canonical name."""
         parts = name.split(".", 2)
         if parts[0] == "layers":

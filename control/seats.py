@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from control.cost_model import UNMEASURED, Seat, Speed
-from control.placement import MEMORY
 from control.placement_request import Host, Request
+from control.placement_types import MEMORY
 from models.footprint import kernels_for
 from models.spec import ModelSpec
 

@@ -13,10 +13,11 @@ from typing import Final
 from models.engine_figures import FIGURES, Kernels
 from models.errors import NoRoom
 from models.layout import expected_tensors
-from models.memory import Stored, estimate
+from models.memory import estimate
 from models.quant import KINDS
 from models.sharding import RankShard
 from models.spec import ExpertSpec, ModelSpec
+from models.stored import Stored
 
 __all__ = ["Footprint", "Kernels", "check_room", "footprint", "kernels_for"]
 
@@ -70,7 +71,7 @@ def footprint(
 
     Args:
         spec: the model.
-        checkpoint: says how each weight is stored; ``models.memory.Assumed`` where there is none.
+        checkpoint: says how each weight is stored; ``models.stored.Assumed`` where it is not here.
         shard: what the rank holds.
         kernels: see ``kernels_for``.
         device: ``cpu``, ``cuda:N`` or ``mlx``; ``mlx-cpu`` for MLX without a GPU.
@@ -153,7 +154,7 @@ def step_bytes(
         *(queries, keys, keys, queries, queries // 16),
         *(inner, inner // 16, hidden),
     )
-    vocab = _padded(len(shard.vocab) if shard.is_last(spec) else 0)
+    vocab = _padded(len(shard.vocab) if shard.is_last() else 0)
     logits = vocab * min(num_slots, MAX_POSITIONS)
     run = 8 * shard.queries_a_kv_head  # queries of a run of positions
     scratch = max(4096 + rows * 128, run * (2 * spec.head_dim + pages * 64) * 4)

@@ -5,40 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from models.plans import slices_of
 from models.sharding import RankShard
 from models.spec import ModelSpec
-
-
-class StoredAs(Protocol):
-    """What is asked of a tensor: its storage format."""
-
-    @property
-    def kind(self) -> str:
-        """A key of ``models.quant.KINDS``, or a format of ``models.weights_hf``."""
-        ...
-
-
-class Stored(Protocol):
-    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
-
-    def tensor(self, name: str) -> StoredAs:
-        """One weight by canonical name."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Assumed:
-    """A model that is not there yet, taken to be stored in one format throughout."""
-
-    kind: str
-
-    def tensor(self, name: str) -> Assumed:
-        """Any weight."""
-        del name
-        return self
+from models.stored import Stored, StoredSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,21 +72,18 @@ def estimate(
     workspace_bytes: int,
     packing: Packing,
     page_tokens: int = 1,
-    latent_cached: bool = True,
 ) -> MemoryEstimate:
     """Memory of one rank.
 
     Args:
         spec: the model.
-        checkpoint: says how each weight is stored; ``Assumed`` where there is none yet.
+        checkpoint: says how each weight is stored; ``models.stored.Assumed`` where it is not here.
         shard: what the rank holds.
         context_tokens, num_slots: positions of a slot, and slots.
         kv_bytes_per_element: of the engine's cache.
         workspace_bytes: the engine's buffers and position tables.
         packing: how the engine keeps weights.
         page_tokens: a slot's positions are rounded up to multiples of this.
-        latent_cached: latent attention keeps its latent vector instead of every head's keys and
-            values.
 
     Raises:
         ValueError: a size that is not positive.
@@ -134,35 +102,13 @@ def estimate(
         else:
             weights_bytes += packing.matrix_bytes(checkpoint.tensor(name).kind, *part, name=name)
     tokens = math.ceil(context_tokens / page_tokens) * page_tokens * num_slots
-    elements = kv_elements(spec, shard, latent_cached=latent_cached) * tokens
+    elements = kv_elements(spec, shard) * tokens
     return MemoryEstimate(
         weights_bytes, math.ceil(elements * kv_bytes_per_element), workspace_bytes
     )
 
 
-class Sized(Protocol):
-    """What is asked of a tensor: its size in the file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        ...
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the whole tensor."""
-        ...
-
-
-class SizedTensors(Protocol):
-    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
-
-    def tensor(self, name: str) -> Sized:
-        """One weight by canonical name."""
-        ...
-
-
-def stored_bytes(spec: ModelSpec, checkpoint: SizedTensors, shard: RankShard) -> int:
+def stored_bytes(spec: ModelSpec, checkpoint: StoredSizes, shard: RankShard) -> int:
     """Bytes that a rank's slice takes in the file; a cut block counts by its part."""
     total = 0
     for name, part in slices_of(spec, shard).items():
@@ -172,16 +118,14 @@ def stored_bytes(spec: ModelSpec, checkpoint: SizedTensors, shard: RankShard) ->
     return total
 
 
-def kv_elements(spec: ModelSpec, shard: RankShard, *, latent_cached: bool = True) -> int:
+def kv_elements(spec: ModelSpec, shard: RankShard) -> int:
     """Numbers that a rank remembers of each token, over its layers.
 
-    A latent vector serves all heads, so every rank of a tensor group has it whole.
+    Latent attention keeps one vector for all heads, so every rank of a tensor group has it whole.
     """
     latent = spec.latent
     if latent is None:
         a_layer = 2 * len(shard.kv_heads) * spec.head_dim
-    elif latent_cached:
-        a_layer = latent.kv_rank + latent.rope_dim
     else:
-        a_layer = len(shard.query_heads) * (spec.head_dim + latent.v_dim)
+        a_layer = latent.kv_rank + latent.rope_dim
     return a_layer * len(shard.layers)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from models.layout import expected_tensors
 from models.legal import GROUP, check, num_blocks, unit_for
 from models.sharding import PipelineShard, RankShard, TensorShard
 from models.shares import apportion, partition, ranges
 from models.spec import ModelSpec
+from models.stored import Stored
 
 Experts = Literal["inside", "across"]
 NOTHING = range(0)
@@ -32,23 +33,6 @@ class Units:
     expert_ffn: int = GROUP
     shared_ffn: int = GROUP
     vocab: int = GROUP
-
-
-class Blocked(Protocol):
-    """What is asked of a tensor: how many columns are stored together."""
-
-    @property
-    def block_columns(self) -> int:
-        """Columns of a block."""
-        ...
-
-
-class Stored(Protocol):
-    """What is asked of a checkpoint; ``models.checkpoint.Checkpoint`` is one."""
-
-    def tensor(self, name: str) -> Blocked:
-        """One weight by canonical name."""
-        ...
 
 
 def units_of(spec: ModelSpec, checkpoint: Stored) -> Units:
@@ -86,31 +70,20 @@ class Costs:
         return sum(self.layers[start:stop]) + ends
 
 
-def weight_costs(spec: ModelSpec, *, active: bool = False) -> Costs:
-    """Number of weights of each layer and of both ends.
-
-    Args:
-        spec: the model.
-        active: count what one token multiplies with (the chosen experts, no embedding) instead
-            of what must be stored.
+def weight_costs(spec: ModelSpec) -> Costs:
+    """Number of stored weights of each layer and of both ends.
 
     A tied output layer counts at both ends: the first and the last of several stages store it.
     """
     layers, ends = [0.0] * spec.num_layers, {"embed_tokens": 0.0, "norm": 0.0, "lm_head": 0.0}
-    experts = spec.experts
-    share = experts.num_active / experts.num_experts if experts is not None and active else 1.0
     for name, shape in expected_tensors(spec).items():
         parts, size = name.split("."), math.prod(shape)
         if parts[0] == "layers":
-            layers[int(parts[1])] += size * (share if "experts" in parts else 1)
+            layers[int(parts[1])] += size
         else:
             ends[parts[0]] += size
     output = ends["embed_tokens"] if spec.tied_embeddings else ends["lm_head"]
-    return Costs(
-        layers=tuple(layers),
-        first=0.0 if active else ends["embed_tokens"],
-        last=ends["norm"] + output,
-    )
+    return Costs(layers=tuple(layers), first=ends["embed_tokens"], last=ends["norm"] + output)
 
 
 def grid(

@@ -159,7 +159,7 @@ def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]
             here = all(expert in shard.experts for expert in numbers[1:])
             part = cut(rule, shape, shard, spec) if here else None
         else:
-            part = cut(rule, shape, shard, spec) if shard.is_last(spec) else None
+            part = cut(rule, shape, shard, spec) if shard.is_last() else None
         if part is not None:
             kept[name] = part
     return kept
@@ -167,7 +167,7 @@ def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]
 
 def _embedding_rows(spec: ModelSpec, shard: RankShard) -> slice | None:
     uses = [shard.embedding] if shard.is_first() else []
-    if spec.tied_embeddings and shard.is_last(spec):
+    if spec.tied_embeddings and shard.is_last():
         uses.append(shard.vocab)
     if not uses:
         return None

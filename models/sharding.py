@@ -133,21 +133,9 @@ class RankShard:
         """Whether tokens enter here."""
         return self.pipeline.is_first_layer
 
-    def is_last(self, spec: ModelSpec) -> bool:
+    def is_last(self) -> bool:
         """Whether logits leave here."""
-        return self.layers.stop == spec.num_layers
-
-    def queries(self, spec: ModelSpec) -> slice:
-        """Rows of the q projection, columns of the o projection (ordinary attention)."""
-        return _features(self.query_heads, spec.head_dim)
-
-    def keys(self, spec: ModelSpec) -> slice:
-        """Rows of the k and v projections (ordinary attention)."""
-        return _features(self.kv_heads, spec.head_dim)
-
-    def inner(self) -> slice:
-        """Rows of the gate and up projections, columns of the down projection."""
-        return slice(self.ffn.start, self.ffn.stop)
+        return self.pipeline.is_last_layer
 
 
 def whole_features(spec: ModelSpec, whole: Whole | None) -> int:

@@ -53,7 +53,7 @@ class CpuStage:
         )
         self._step = Step(spec, self._cache, shard, num_slots=num_slots, threads=threads)
         self._crew = Crew(threads)
-        self._is_last = shard.is_last(spec)
+        self._is_last = shard.is_last()
         self._sums_embedding = shard.is_first() and len(shard.embedding) < spec.vocab_size
         self._num_halves = 2 * len(shard.layers)
 

@@ -45,7 +45,7 @@ class Step:
         self.table: Longs = np.zeros(t.NUM_STEP, dtype=np.int64)
         self._buffers: list[npt.NDArray[Any]] = []
         self._views: dict[int, npt.NDArray[Any]] = {}
-        self._vocab = len(shard.vocab) if shard.is_last(spec) else 0
+        self._vocab = len(shard.vocab) if shard.is_last() else 0
         self.max_rows = min(t.MAX_ROWS, num_slots * cache.pages_a_slot * PAGE_TOKENS)
         hidden, inner = padded(spec.hidden_size), padded(_inner_features(spec, shard))
         queries = padded(len(shard.query_heads) * spec.head_dim)

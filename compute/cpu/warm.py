@@ -25,8 +25,8 @@ def warm_up(kinds: Iterable[int] = (Q4H, Q8H)) -> None:
     """Compile, or load from the cache, what loading on a CPU needs.
 
     That is the step, the products of some ``layout`` kinds, and the collectives of ranks that
-    share memory. The default kinds are those of Q4_1 and Q8_0 files. Holds numba's compiler lock, not the
-    interpreter lock alone: call it from a thread or process that has nothing else to do.
+    share memory. The default kinds are those of Q4_1 and Q8_0 files. Holds numba's compiler lock,
+    not the interpreter lock alone: call it from a thread or process that has nothing else to do.
     """
     step: Any = run_step  # a numba dispatcher
     step.compile(STEP_SIGNATURE)

@@ -140,7 +140,7 @@ class _Loader:
         dims[t.NUM_KV_HEADS], dims[t.NUM_HEADS] = len(shard.kv_heads), len(shard.query_heads)
         dims[t.NUM_LAYERS], dims[t.ROPE_DIM] = len(shard.layers), spec.rope.dim
         dims[t.USES_GELU] = spec.activation == "gelu_tanh"
-        dims[t.IS_FIRST], dims[t.IS_LAST] = shard.is_first(), shard.is_last(spec)
+        dims[t.IS_FIRST], dims[t.IS_LAST] = shard.is_first(), shard.is_last()
         dims[t.EMBEDDING_START] = shard.embedding.start
         dims[t.EMBEDDING_STOP] = shard.embedding.stop
         reals[t.EPS], reals[t.EMBEDDING_SCALE] = spec.norm_eps, spec.embedding_scale
@@ -153,7 +153,7 @@ class _Loader:
     def _ends(self) -> None:
         spec, shard = self._spec, self._shard
         ends = self._weights.matrices[len(shard.layers) * t.MATRICES_A_LAYER :]
-        last, tied = shard.is_last(spec), spec.tied_embeddings
+        last, tied = shard.is_last(), spec.tied_embeddings
         if last:
             self._weights.dims[t.FINAL_NORM] = self._norm("norm.weight")
         if last and not tied:

@@ -106,7 +106,7 @@ class MlxStage:
                 x_ND = mx.array(incoming)
             for layer in self._weights.layers:
                 x_ND = self._layer(layer, x_ND, step, peers)
-            out = self._output(x_ND, step, peers) if self.shard.is_last(self.spec) else x_ND
+            out = self._output(x_ND, step, peers) if self.shard.is_last() else x_ND
             touched = [array for row in rows for array in self._cache.arrays(row.slot)]
             mx.eval(out, *touched)
             return np.array(out, dtype=np.float32)

@@ -87,7 +87,7 @@ class _Loader:
         embedding = self._matrix(EMBEDDING) if EMBEDDING in self._slices else None
         layers = tuple(self._layer(index, layer) for index, layer in enumerate(shard.layers))
         final_norm, output = None, None
-        if shard.is_last(spec):
+        if shard.is_last():
             final_norm = self._norm("norm.weight")
             if spec.tied_embeddings:
                 assert embedding is not None

@@ -142,7 +142,7 @@ class TorchStage:
             raise ValueError("this stage has been closed")
         if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # counts for the calling thread alone
-        last = self.shard.is_last(self.spec)
+        last = self.shard.is_last()
         if not rows:
             return np.empty((0, self.spec.vocab_size if last else self.spec.hidden_size), "f4")
         step = Step(rows, device=self._device, padded=self._padded)

@@ -151,14 +151,14 @@ class _Loader:
             start, table = self._slices[EMBEDDING][0].start, self._matrix(EMBEDDING)
             if shard.is_first():
                 embedding = _rows(table, shard.embedding, start)
-            if shard.is_last(self._spec) and self._spec.tied_embeddings:
+            if shard.is_last() and self._spec.tied_embeddings:
                 output = Linear(_rows(table, shard.vocab, start))
         if "lm_head.weight" in self._slices:
             output = Linear(self._matrix("lm_head.weight"))
         return TorchWeights(
             embedding=embedding,
             layers=layers,
-            final_norm=self._norm("norm") if shard.is_last(self._spec) else None,
+            final_norm=self._norm("norm") if shard.is_last() else None,
             output=output,
             memory_bytes=self._memory_bytes,
         )

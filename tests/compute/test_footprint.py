@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compute.stage import MAX_POSITIONS, Stage, load_stage
+from compute.torch import latent
 from compute.torch.engine import TorchStage
 from models import footprint as figures
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -97,9 +98,10 @@ def test_every_engine_takes_what_was_foretold(
     if kernels != "torch" and kernels_for(spec, {"mlx": "mlx"}.get(kernels, "cpu")) != kernels:
         pytest.skip(f"no {kernels} kernels for {family}")
     checkpoint = made(spec, kinds)
-    for shares, rank in (([[1]], 0), ([[2, 1]], 1), ([[1], [1]], 1)):
+    for shares, rank in (([[1.0]], 0), ([[2.0, 1.0]], 1), ([[1.0], [1.0]], 1)):
         compare(checkpoint, shard_of(checkpoint, shares, rank), kernels)
 
 
 def test_both_planes_mean_the_same_step() -> None:
     assert figures.MAX_POSITIONS == MAX_POSITIONS
+    assert figures.LATENT_SCORES == latent.SCORES

@@ -13,7 +13,6 @@ from compute.torch.routing import route
 from models.spec import ExpertSpec
 from tests.compute.routing_cases import CASES, Case, by_hand
 
-
 # distinct by far more than rounding, so that there is one right choice
 distinct = st.permutations([0.37 * n - 1.5 for n in range(8)])
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from control.errors import NoPlacement
 from control.load_options import BadOption, LoadOptions, MeshShape
-from control.placement import Placement, decide
+from control.placement import decide
 from control.placement_request import Defaults, Host, Request
+from control.placement_types import Placement
 from models.card import load_cards
 from models.card_spec import kind_of_card, spec_of_card
 from models.legal import IllegalShares

@@ -20,7 +20,7 @@ from control.errors import NoPlacement
 from control.load_options import MeshShape
 from control.placement_request import Host, Request
 from control.planner import Member, Option, Plan, plan
-from control.rank_bytes import Assumed, Cuts
+from control.rank_bytes import Cuts
 from control.seats import Speeds, seats_of
 from control.stage_split import least_peak, least_sum, within
 from control.topology import Kind, Link, Topology
@@ -29,6 +29,7 @@ from models.legal import IllegalShares
 from models.mesh import mesh
 from models.shares import partition
 from models.spec import ModelSpec
+from models.stored import Assumed
 from tests.models.specs import FAMILIES, small
 
 GB = 10**9

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from models.checkpoint import open_checkpoint
-from models.memory import Assumed, MemoryEstimate, Packing, estimate, kv_elements
+from models.memory import MemoryEstimate, Packing, estimate, kv_elements
 from models.mesh import Units, grid, mesh, units_of
 from models.plans import slices_of
 from models.safetensors_files import open_safetensors
 from models.spec import ModelSpec
+from models.stored import Assumed
 from models.weights import Weight
 from tests.models.specs import small
 from tests.models.tiny import llama_tensors, write_gguf, write_safetensors
@@ -64,11 +65,10 @@ def test_ranks_together_hold_the_model_and_some_copies(name: str) -> None:
     assert sum(p.kv_bytes for p in parts) == whole.kv_bytes * (2 if replicated else 1)
 
 
-def test_a_latent_cache_and_an_expanded_one() -> None:
+def test_every_rank_has_the_whole_latent_cache() -> None:
     spec = small("deepseek_v3")
     first, second = mesh(spec, grid([1, 1]))
     assert kv_elements(spec, first) == kv_elements(spec, second) == 6 * (32 + 8)
-    assert kv_elements(spec, first, latent_cached=False) == 6 * 4 * (24 + 12)
 
 
 def test_sizes_that_cannot_be() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from models.errors import NoRoom
 from models.footprint import Footprint, check_room, footprint, kernels_for
-from models.memory import Assumed
 from models.mesh import grid, mesh
+from models.stored import Assumed
 from tests.models.specs import FAMILIES, small
 
 MIB = 1 << 20
