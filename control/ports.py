@@ -37,6 +37,7 @@ HELLO_S = 60.0  # from start of the OS process to its hello; importing may be sl
 ADOPT_S = 3.0  # how long a lease waits for the child of a former life
 ORPHAN_S = 10.0  # after which children of a former life are killed
 KILL_S = 5.0
+MAX_ATTEMPTS = 3  # ports that a lease may wait for, one after the other
 TRIM_S = 30.0
 
 
@@ -59,6 +60,7 @@ class _Child:
     holder: Pid | None = None
     monitor: Ref | None = None
     waiter: Term = None  # From of a lease that waits for the hello
+    attempt: int = 1  # which port this is that the lease waits for
 
 
 @dataclass(slots=True)
@@ -149,7 +151,7 @@ class Ports(GenServer):
 
     # -- leases ----------------------------------------------------------------------------
 
-    def _lease(self, instance: str, rank: int, from_: Term) -> Term:
+    def _lease(self, instance: str, rank: int, from_: Term, attempt: int = 1) -> Term:
         child = self._choose(instance, rank)
         if child is None:
             try:
@@ -163,7 +165,7 @@ class Ports(GenServer):
         self._later(1.0, (Atom("fill_spares"),))
         if child.pid is not None:
             return self._leased(child)
-        child.waiter = from_
+        child.waiter, child.attempt = from_, attempt
         self._later(ADOPT_S if child.os_child is None else HELLO_S, (Atom("expire"), child.port_id))
         return NOREPLY
 
@@ -253,18 +255,31 @@ class Ports(GenServer):
             return
         if child.os_child is not None:
             child.os_child.reap()
-        if child.waiter is not None:
-            error = f"compute port {port_id} {text} before it answered; see logs/port-{port_id}.log"
-            gen_server.reply(self.me, child.waiter, (Atom("error"), Atom("port_exit"), error))
-        if child.holder is not None:
-            self.me.send(child.holder, (Atom("port_exit"), port_id, text))
         if child.monitor is not None:
             self.me.demonitor(child.monitor)
+        if child.waiter is not None:
+            self._lease_again(child, text)
+        elif child.holder is not None:
+            self.me.send(child.holder, (Atom("port_exit"), port_id, text))
         self._write_records()
         if child.instance:
             self._later(self._trim_s, (Atom("trim_spares"),))
         else:
             self._later(1.0, (Atom("fill_spares"),))  # a spare that keeps dying must not spin
+
+    def _lease_again(self, child: _Child, text: str) -> None:
+        """A port ended before it was handed over: that is no fault of the rank, take another."""
+        answer: Term = (
+            Atom("error"),
+            Atom("port_exit"),
+            f"{child.attempt} compute ports ended before they answered, the last, {child.port_id}, "
+            f"{text}; see logs/port-{child.port_id}.log",
+        )
+        if child.attempt < MAX_ATTEMPTS:
+            log.warning("port %s %s before it answered; taking another", child.port_id, text)
+            answer = self._lease(child.instance, child.rank, child.waiter, child.attempt + 1)
+        if answer is not NOREPLY:
+            gen_server.reply(self.me, child.waiter, answer)
 
     def _expire(self, port_id: str) -> None:
         child = self.state.children.get(port_id)

@@ -167,8 +167,30 @@ def test_a_port_that_dies_before_its_hello_is_told_with_its_log(tmp_path: Path) 
             answer = await gen_server.call(me, PORTS, (Atom("lease"), "i", 0), timeout_s=10)
             assert answer[:2] == ("error", "port_exit")
             assert "exited with status 3" in answer[2]
-            assert "logs/port-p_1.log" in answer[2]
+            assert answer[2].startswith("3 compute ports ended")
+            assert "logs/port-p_3.log" in answer[2]
         await node.stop()
+
+    asyncio.run(main())
+
+
+def test_a_stopped_port_of_a_former_life_is_replaced(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with broker(tmp_path) as (_, me):
+            await lease(me)
+            records = (tmp_path / "ports.json").read_text()
+            # What a killed control process leaves: a port that runs, and the record of it.
+            stranger = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+            former = OsIdentity.of(stranger.pid)
+            assert former is not None
+            os.kill(stranger.pid, signal.SIGSTOP)
+        row = {**json.loads(records)[0], "os_pid": former.pid, "started_s": former.started_s}
+        (tmp_path / "ports.json").write_text(json.dumps([row]))
+        async with broker(tmp_path) as (_, me):
+            _, fresh = await lease(me)  # waits for the old one, gives it up, takes another
+            assert fresh.pid != former.pid
+            assert await former.wait_gone(timeout_s=10)
+        await stranger.wait()
 
     asyncio.run(main())
 
