@@ -26,8 +26,7 @@ from llvmlite import ir
 from numba import types
 
 from compute.cpu.jit import entry, inner
-from compute.cpu.sync import _give_way as give_way
-from compute.cpu.sync import read
+from compute.cpu.sync import give_way, read
 from compute.cpu.vector import add, external, load, load_long, load_one, operation, store, store_one
 
 LINE = 128

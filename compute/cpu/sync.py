@@ -35,7 +35,7 @@ def read(builder: Any, address: Any) -> Any:
 
 
 @operation(types.void, types.int64)
-def _give_way(builder: Any, unused: Any) -> Any:
+def give_way(builder: Any, unused: Any) -> Any:
     """Let another thread of the machine run on this core."""
     name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
     builder.call(external(builder, name, ir.IntType(32)), [])
@@ -60,7 +60,7 @@ def wait(address: Any, count: Any) -> None:
     while read(address) < count:
         spins += 1
         if spins > _SPINS_BEFORE_YIELD:
-            _give_way(0)
+            give_way(0)
 
 
 @inner
@@ -71,7 +71,7 @@ def is_open(address: Any, number: Any) -> Any:
     while 0 <= count <= number:
         spins += 1
         if spins > _SPINS_BEFORE_YIELD:
-            _give_way(0)
+            give_way(0)
         count = read(address)
     return count > number
 
