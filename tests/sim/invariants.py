@@ -15,7 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from control.election_state import Authority, Promise
-from control.quorum import has_quorum
+from control.quorum import Roster, has_quorum
 from tests.sim.network import World
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Watch:
     def has_leader(self, part: list[Machine]) -> None:
         here = {m.name for m in part}
         rosters = {m.election.roster for m in part if m.candidate}
-        able = any(has_quorum(r, here) for r in rosters)
+        able = any(has_quorum(r, here & self.loyal(r)) for r in rosters)
         leading = [m for m in part if m.name in self.rights]
         met = len({m.election.roster.lineage for m in part}) == 1
         if not met and not self.single and self.world.now_s - self.quiet_s < ONCE_S:
@@ -157,6 +157,11 @@ class Watch:
             self.fail(f"{sorted(here)} have {len(leading)} leaders: {self.views(part)}")
         if able and any(m.election.leader != leading[0].name for m in part):
             self.fail(f"not all follow {leading[0].name}: {self.views(part)}")
+
+    def loyal(self, roster: Roster) -> set[str]:
+        """Machines of the same cluster: who has gone over to another has no say in this one."""
+        lineage = roster.lineage
+        return {n for n, m in self.machines.items() if m.election.roster.lineage == lineage}
 
     def views(self, part: list[Machine]) -> dict[str, str]:
         return {

@@ -259,5 +259,5 @@ def _schedule(s: Scenario, rng: Random, num: int) -> None:
     trouble_s = s.end_s = rng.uniform(3, 10 if num < 10 else 5)
     for _ in range(rng.randint(1, 6)):
         s.world.at(rng.uniform(1, trouble_s), s.disturb)
-    for _ in range(8):
+    for _ in range(16):
         s.world.at(rng.uniform(1.5, trouble_s + 6), s.watch.wish, rng)
