@@ -6,26 +6,46 @@ experts are named as those of the other families (``mlp.experts.0.gate_proj``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final
+
 from models.spec import ModelSpec
 
 Shape = tuple[int, ...]
+EMBEDDING: Final = "embed_tokens.weight"
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
+@lru_cache(maxsize=4)  # tens of thousands of names where there are many experts
+def expected_tensors(spec: ModelSpec) -> Mapping[str, Shape]:
     """Every tensor of a model: ``name -> shape``, (out_features, in_features) for linears."""
-    tensors: dict[str, Shape] = {"embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    kinds = {sparse: layer_tensors(spec, sparse=sparse) for sparse in (False, True)}
+    ends = end_tensors(spec)
+    tensors: dict[str, Shape] = {EMBEDDING: ends[EMBEDDING]}
     for layer in range(spec.num_layers):
-        for name, shape in kinds[spec.is_sparse(layer)].items():
+        for name, shape in layer_tensors(spec, sparse=spec.is_sparse(layer)).items():
             tensors[f"layers.{layer}.{name}"] = shape
-    tensors["norm.weight"] = (spec.hidden_size,)
+    return MappingProxyType(tensors | ends)  # what is there already stays first
+
+
+def end_tensors(spec: ModelSpec) -> dict[str, Shape]:
+    """Tensors that are in no layer: before the first and behind the last, in this order."""
+    tensors: dict[str, Shape] = {
+        EMBEDDING: (spec.vocab_size, spec.hidden_size),
+        "norm.weight": (spec.hidden_size,),
+    }
     if not spec.tied_embeddings:
         tensors["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
     return tensors
 
 
-def layer_tensors(spec: ModelSpec, *, sparse: bool = False) -> dict[str, Shape]:
+@lru_cache(maxsize=16)
+def layer_tensors(spec: ModelSpec, *, sparse: bool = False) -> Mapping[str, Shape]:
     """Tensors of one decoder layer, named relative to it; ``sparse``: of one with experts."""
+    return MappingProxyType(_layer_tensors(spec, sparse))
+
+
+def _layer_tensors(spec: ModelSpec, sparse: bool) -> dict[str, Shape]:
     hidden = spec.hidden_size
     tensors: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     tensors |= _attention(spec)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from models.plans import slices_of
+from models.plans import Part, end_slices, layer_slices, slices_of
 from models.sharding import RankShard
 from models.spec import ModelSpec
 from models.stored import Stored, StoredSizes
@@ -94,18 +95,34 @@ def estimate(
             f"context_tokens={context_tokens}, num_slots={num_slots} and page_tokens="
             f"{page_tokens} must be positive, workspace_bytes={workspace_bytes} not negative"
         )
-    weights_bytes = 0
-    for name, part in slices_of(spec, shard).items():
-        if len(part) == 1:
-            size = math.ceil((part[0].stop - part[0].start) / packing.tile[1]) * packing.tile[1]
-            weights_bytes += 4 * size
-        else:
-            weights_bytes += packing.matrix_bytes(checkpoint.tensor(name).kind, *part, name=name)
     tokens = math.ceil(context_tokens / page_tokens) * page_tokens * num_slots
     elements = kv_elements(spec, shard) * tokens
     return MemoryEstimate(
-        weights_bytes, math.ceil(elements * kv_bytes_per_element), workspace_bytes
+        _weights_bytes(spec, checkpoint, shard, packing),
+        math.ceil(elements * kv_bytes_per_element),
+        workspace_bytes,
     )
+
+
+def _weights_bytes(spec: ModelSpec, checkpoint: Stored, shard: RankShard, packing: Packing) -> int:
+    """What ``slices_of`` names, each kind of layer worked out once."""
+
+    def size(name: str, part: Part, kind: str) -> int:
+        if len(part) == 1:
+            length = int(part[0].stop - part[0].start)
+            return 4 * math.ceil(length / packing.tile[1]) * packing.tile[1]
+        return packing.matrix_bytes(kind, *part, name=name)
+
+    total = 0
+    for name, part in end_slices(spec, shard).items():
+        total += size(name, part, checkpoint.tensor(name).kind)
+    for sparse in (False, True):
+        layers = [layer for layer in shard.layers if spec.is_sparse(layer) == sparse]
+        for name, part in layer_slices(spec, shard, sparse=sparse).items() if layers else ():
+            names = [f"layers.{layer}.{name}" for layer in layers]
+            kinds = Counter(checkpoint.tensor(name).kind for name in names)
+            total += sum(count * size(names[0], part, kind) for kind, count in kinds.items())
+    return total
 
 
 def stored_bytes(spec: ModelSpec, checkpoint: StoredSizes, shard: RankShard) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from models.layout import expected_tensors
+from models.layout import EMBEDDING, end_tensors, expected_tensors, layer_tensors
 from models.legal import GROUP, check, num_blocks, unit_for
 from models.sharding import PipelineShard, RankShard, TensorShard
 from models.shares import apportion, partition, ranges
@@ -75,15 +75,17 @@ def weight_costs(spec: ModelSpec) -> Costs:
 
     A tied output layer counts at both ends: the first and the last of several stages store it.
     """
-    layers, ends = [0.0] * spec.num_layers, {"embed_tokens": 0.0, "norm": 0.0, "lm_head": 0.0}
-    for name, shape in expected_tensors(spec).items():
-        parts, size = name.split("."), math.prod(shape)
-        if parts[0] == "layers":
-            layers[int(parts[1])] += size
-        else:
-            ends[parts[0]] += size
-    output = ends["embed_tokens"] if spec.tied_embeddings else ends["lm_head"]
-    return Costs(layers=tuple(layers), first=ends["embed_tokens"], last=ends["norm"] + output)
+    sizes = {
+        sparse: float(sum(map(math.prod, layer_tensors(spec, sparse=sparse).values())))
+        for sparse in (False, True)
+    }
+    ends = {name: float(math.prod(shape)) for name, shape in end_tensors(spec).items()}
+    first = ends[EMBEDDING]
+    return Costs(
+        layers=tuple(sizes[spec.is_sparse(layer)] for layer in range(spec.num_layers)),
+        first=first,
+        last=ends["norm.weight"] + ends.get("lm_head.weight", first),
+    )
 
 
 def grid(

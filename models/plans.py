@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from models.errors import ModelError
-from models.layout import expected_tensors
+from models.layout import EMBEDDING, Shape, end_tensors, layer_tensors
 from models.sharding import Along, RankShard, Rule, Split, Whole, cut
 from models.spec import Family, ModelSpec
 
 Plan = Mapping[str, Rule]
-EMBEDDING: Final = "embed_tokens.weight"
+Part = tuple[slice, ...]  # of one weight, a slice for each dimension
 
 _COPY: Final = Rule(Split.COPY)
 _ONCE: Final = Rule(Split.FIRST)
@@ -137,7 +137,7 @@ def rule_for(family: Family, name: str) -> Rule:
     return rule
 
 
-def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]:
+def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, Part]:
     """Every weight that a rank reads and the part of it, in the order of the forward pass.
 
     A tied output layer is the embedding: its rows are then those that either use needs.
@@ -145,21 +145,44 @@ def slices_of(spec: ModelSpec, shard: RankShard) -> dict[str, tuple[slice, ...]]
     Raises:
         UnmatchedWeight: the plan has no rule for a weight that the rank would read.
     """
-    kept: dict[str, tuple[slice, ...]] = {}
-    for name, shape in expected_tensors(spec).items():
-        if name.startswith("layers.") and int(name.split(".", 2)[1]) not in shard.layers:
-            continue
-        numbers = [int(number) for number in _NUMBER.findall(name)]
-        rule = rule_for(spec.family, name)
-        part: tuple[slice, ...] | None
+    ends = end_slices(spec, shard)
+    kept = {EMBEDDING: ends.pop(EMBEDDING)} if EMBEDDING in ends else {}
+    kinds = {spec.is_sparse(layer) for layer in shard.layers}
+    parts = {sparse: layer_slices(spec, shard, sparse=sparse) for sparse in kinds}
+    for layer in shard.layers:
+        for name, part in parts[spec.is_sparse(layer)].items():
+            kept[f"layers.{layer}.{name}"] = part
+    return kept | ends
+
+
+def end_slices(spec: ModelSpec, shard: RankShard) -> dict[str, Part]:
+    """The same of weights that are in no layer."""
+    kept: dict[str, Part] = {}
+    for name, shape in end_tensors(spec).items():
+        part: Part | None
         if name == EMBEDDING:
             rows = _embedding_rows(spec, shard)
             part = None if rows is None else (rows, slice(0, shape[1]))
-        elif numbers[:1]:
-            here = all(expert in shard.experts for expert in numbers[1:])
-            part = cut(rule, shape, shard, spec) if here else None
         else:
-            part = cut(rule, shape, shard, spec) if shard.is_last() else None
+            part = cut(rule_for(spec.family, name), shape, shard, spec) if shard.is_last() else None
+        if part is not None:
+            kept[name] = part
+    return kept
+
+
+def layer_slices(spec: ModelSpec, shard: RankShard, *, sparse: bool) -> dict[str, Part]:
+    """The same of any one of the rank's layers, with experts or without; named relative to it."""
+    kept: dict[str, Part] = {}
+    parts: dict[tuple[str, Shape], Part | None] = {}  # experts are cut alike
+    for name, shape in layer_tensors(spec, sparse=sparse).items():
+        expert = _NUMBER.search(name)
+        if expert is not None and int(expert[0]) not in shard.experts:
+            continue
+        like = name if expert is None else f"{name[: expert.start()]}*{name[expert.end() :]}"
+        if (like, shape) not in parts:
+            rule = rule_for(spec.family, f"layers.0.{name}")
+            parts[like, shape] = cut(rule, shape, shard, spec)
+        part = parts[like, shape]
         if part is not None:
             kept[name] = part
     return kept

@@ -16,7 +16,7 @@ from models.safetensors_files import open_safetensors
 from models.spec import ModelSpec
 from models.stored import Assumed
 from models.weights import Weight
-from tests.models.specs import small
+from tests.models.specs import FAMILIES, small
 from tests.models.tiny import llama_tensors, write_gguf, write_safetensors
 
 BF16 = Packing(bytes_per_weight={"F32": 2.0}, otherwise=2.0)
@@ -63,6 +63,36 @@ def test_ranks_together_hold_the_model_and_some_copies(name: str) -> None:
     assert parts[0].weights_bytes > parts[1].weights_bytes
     replicated = name in ("gemma3", "deepseek_v3")
     assert sum(p.kv_bytes for p in parts) == whole.kv_bytes * (2 if replicated else 1)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_layers_that_are_stored_alike_are_summed_as_if_one_by_one(name: str) -> None:
+    """Formats change from one layer to the next; the sum is that over every single weight."""
+
+    class Mixed:
+        def tensor(self, name: str) -> Assumed:
+            return Assumed("F32" if "layers.3." in name or "experts.1." in name else "Q4_1")
+
+    spec = small(name)
+    for shard in mesh(spec, grid([2, 1], [1, 1])):
+        expected = 0
+        for weight, part in slices_of(spec, shard).items():
+            if len(part) == 1:
+                expected += 4 * -(-(part[0].stop - part[0].start) // 32) * 32
+            else:
+                kind = Mixed().tensor(weight).kind
+                expected += TILED.matrix_bytes(kind, *part, name=weight)
+        found = estimate(
+            spec,
+            Mixed(),
+            shard,
+            context_tokens=1,
+            num_slots=1,
+            kv_bytes_per_element=2,
+            workspace_bytes=0,
+            packing=TILED,
+        )
+        assert found.weights_bytes == expected
 
 
 def test_every_rank_has_the_whole_latent_cache() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -253,6 +254,23 @@ def test_blocks_of_256_stay_whole_until_ranks_outnumber_them() -> None:
     assert cuts(3) == [256, 512, 768]
     assert cuts(4) == [192, 384, 576, 768]
     assert unit_for(20, 256, 3) == 1
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_names_and_costs_are_those_of_every_single_tensor(name: str) -> None:
+    """What follows from a spec is kept: equal specs share it, and nobody can change it."""
+    spec = SPECS[name]
+    tensors: Any = expected_tensors(spec)
+    assert expected_tensors(dataclasses.replace(spec)) is tensors
+    with pytest.raises(TypeError):
+        tensors["norm.weight"] = (1,)
+    costs = weight_costs(spec)
+    for layer, cost in enumerate(costs.layers):
+        own = [n for n in tensors if n.startswith(f"layers.{layer}.")]
+        assert cost == sum(math.prod(tensors[n]) for n in own)
+    assert next(iter(tensors)) == "embed_tokens.weight"
+    assert list(tensors)[-1] == ("norm.weight" if spec.tied_embeddings else "lm_head.weight")
+    assert list(slices_of(spec, whole(spec))) == list(tensors)
 
 
 def test_stages_weigh_the_ends() -> None:
