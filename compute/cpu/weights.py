@@ -15,7 +15,8 @@ from compute.cpu.matmul import tile_function
 from compute.cpu.pack import Arena, Packed, pack, vector
 from models.checkpoint import Checkpoint
 from models.errors import UnsupportedModel
-from models.plans import EMBEDDING, slices_of
+from models.layout import EMBEDDING
+from models.plans import slices_of
 from models.rope import inverse_frequencies
 from models.sharding import RankShard
 from models.spec import ExpertSpec, ModelSpec, RopeSpec

@@ -13,7 +13,8 @@ from compute.mlx.latent import LatentAttention
 from compute.mlx.matrix import Linear, Matrix, load_matrix, load_stack
 from compute.mlx.mlp import FeedForward, GatedMlp, RoutedExperts
 from models.checkpoint import Checkpoint
-from models.plans import EMBEDDING, slices_of
+from models.layout import EMBEDDING
+from models.plans import slices_of
 from models.sharding import RankShard
 from models.spec import ExpertSpec, LatentSpec
 

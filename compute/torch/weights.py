@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compute.torch.linear import Linear
 from models.checkpoint import Checkpoint
-from models.plans import EMBEDDING, slices_of
+from models.layout import EMBEDDING
+from models.plans import slices_of
 from models.sharding import RankShard
 
 HALVES: Final = {"BF16": torch.bfloat16, "F16": torch.float16}
