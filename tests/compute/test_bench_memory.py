@@ -15,9 +15,7 @@ MIB = 1 << 20
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("model", "tensor", "pipeline"), [(SMOLLM2, 3, 1), (GEMMA3, 2, 1), (GEMMA3, 1, 3)]
-)
+@pytest.mark.parametrize(("model", "tensor", "pipeline"), [(SMOLLM2, 3, 1), (GEMMA3, 1, 3)])
 def test_ranks_stay_small_while_loading_and_take_what_was_estimated(
     model: str, tensor: int, pipeline: int
 ) -> None:
@@ -33,6 +31,7 @@ def test_ranks_stay_small_while_loading_and_take_what_was_estimated(
     for rank in ranks:
         assert rank.peak_ratio <= 1.3, table(ranks)
         assert 0.9 <= rank.estimate_ratio <= 1.1, table(ranks)
+        assert 0.85 <= rank.model_ratio <= 1.15, table(ranks)  # what is alike in all left out
         assert rank.loading <= 1.1 * rank.estimate, table(ranks)
 
 
