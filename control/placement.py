@@ -41,6 +41,8 @@ def decide(
         BadOption: no machine here has what was asked for.
     """
     host = hosts[0]
+    if request.threads > host.cores:
+        raise BadOption(f"threads={request.threads}: {host.name} lends {host.cores} cores")
     on = _Machine(host, request, spec, stored, kind)
     tried = [on.candidate(shape) for shape in _shapes(request, host)]
     asked = tried[:1] if request.shape is not None else tried

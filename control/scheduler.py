@@ -60,11 +60,13 @@ class Scheduler(GenServer):
         self.books = Books()
         self._early: list[tuple[Term, Term]] = []  # (request, From) from before the books were full
         self._complete = False
+        self._leadership: Term = Atom("undefined")
 
     def format_state(self) -> Term:
         return {
             Atom("desired_version"): self._desired.now.version,
             Atom("default"): self._desired.now.default,
+            Atom("leadership"): self._leadership,
             Atom("instances"): [(r.id, Atom(r.state), r.epoch) for r in self.books],
             Atom("waiting"): self._finder.num_waiting if self._complete else len(self._early),
         }
@@ -160,6 +162,8 @@ class Scheduler(GenServer):
                 self._on_running(found)
             case ("DOWN", Ref() as monitor, _, _, reason):
                 instances.on_down(monitor, reason)
+            case ("leadership", leader, int(epoch), bool(sure), _):
+                self._leadership = (leader, epoch, sure)  # each machine places its own as yet
             case ("EXIT", pid, reason):
                 instances.on_worker_exit(pid, reason)
             case _:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control.errors import NoPlacement
@@ -94,6 +94,7 @@ def test_a_model_that_cannot_be_cut_so_names_every_limit_and_the_nearest() -> No
     assert "Nearest that can: tensor shares 1,1,1,1,1,1,1,1, pipeline shares 1,1,1,1,1,1" in text
 
 
+@settings(deadline=None)  # a busy machine is no fault of the rule
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     tensor=st.integers(1, 4),
@@ -132,6 +133,7 @@ def test_defaults_fill_what_options_leave_open() -> None:
         ({"experts": "across"}, "experts=across: this llama model has none"),
         ({"engine": "mlx"}, "n@host has no MLX"),
         ({"device": "mlx"}, "n@host has no MLX"),
+        ({"threads": 5}, "threads=5: n@host lends 4 cores"),
     ],
 )
 def test_what_neither_model_nor_machine_can_do(options: dict[str, Any], named: str) -> None:
