@@ -7,9 +7,11 @@ it and join again under a new epoch; the process may stay.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from compute.errors import JoinRefused, PeerLost
@@ -104,7 +106,9 @@ class Rendezvous:
     """Where and as whom to join. Two of different instance or epoch never meet.
 
     Attributes:
-        instance: id of the instance, ``epoch`` its generation.
+        instance: secret id of the instance, ``epoch`` its generation. It leaves no process: ranks
+            prove to each other that they know it, see :meth:`keyed`.
+        use: what the group is for, as errors name it.
         hosts: for every rank, a name of its machine; ranks with equal names share memory.
         address: ``(host, tcp_port)`` of rank 0, as all ranks can reach it; not needed where all
             ranks share a host.
@@ -112,7 +116,8 @@ class Rendezvous:
         timeout_s: seconds that the others have to come.
     """
 
-    instance: str
+    instance: str = field(repr=False)
+    use: str = ""
     epoch: int
     rank: int
     hosts: tuple[str, ...]
@@ -124,6 +129,24 @@ class Rendezvous:
     def world_size(self) -> int:
         """Ranks in the group."""
         return len(self.hosts)
+
+    @property
+    def generation(self) -> str:
+        """The epoch and the use, for errors."""
+        return f"epoch {self.epoch}" + (f" of the {self.use} group" if self.use else "")
+
+    def keyed(self, purpose: str, epoch: int | None = None) -> str:
+        """What only ranks of this instance can name, and what does not tell its id.
+
+        Args:
+            purpose: one value proves nothing for another.
+            epoch: another generation of the same instance.
+
+        Returns:
+            HMAC-SHA256 under the instance's id, in hexadecimal.
+        """
+        said = f"{purpose}/{self.epoch if epoch is None else epoch}"
+        return hmac.new(self.instance.encode(), said.encode(), hashlib.sha256).hexdigest()
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < len(self.hosts):
@@ -171,7 +194,17 @@ def join(
         PeerLost: somebody did not come within ``rendezvous.timeout_s``, or ended meanwhile.
         JoinRefused: the others are of another shape, or this process cannot join such a group.
     """
-    backend = backend or choose_backend(rendezvous, device)
+    try:
+        return _join(rendezvous, device, backend or choose_backend(rendezvous, device), listener)
+    except BaseException:
+        if listener is not None:
+            listener.close()
+        raise
+
+
+def _join(
+    rendezvous: Rendezvous, device: str, backend: Backend, listener: socket.socket | None
+) -> Group:
     if backend == "single":
         from compute.collectives_single import SingleGroup
 

@@ -174,6 +174,7 @@ def _only(rendezvous: Rendezvous) -> Rendezvous:
     """This rank by itself."""
     return Rendezvous(
         instance=rendezvous.instance,
+        use=rendezvous.use,
         epoch=rendezvous.epoch,
         rank=0,
         hosts=(rendezvous.hosts[rendezvous.rank],),

@@ -55,7 +55,7 @@ class ShmGroup:
         ranks = rendezvous.beside()
         deadline_s = time.monotonic() + rendezvous.timeout_s
         memory = share(
-            instance=rendezvous.instance,
+            group=rendezvous.keyed("memory"),
             epoch=rendezvous.epoch,
             ranks=ranks,
             rank=rendezvous.rank,

@@ -29,7 +29,7 @@ class Meeting:
         timeout_s: for the others to come, ``step_timeout_s``: for a silent one to count as lost.
     """
 
-    group: str
+    group: str = field(repr=False)
     epoch: int
     rank: int
     mesh: tuple[RankShard, ...]
@@ -186,6 +186,7 @@ def _join(
     ring = tuple(meeting.places[rank].address("ring") for rank in ranks)
     rendezvous = Rendezvous(
         instance=f"{meeting.group}/{use}/{ranks[0]}",
+        use=use,
         epoch=meeting.epoch,
         rank=ranks.index(meeting.rank),
         hosts=tuple(meeting.hosts[rank] for rank in ranks),

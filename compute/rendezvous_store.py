@@ -1,6 +1,8 @@
 """Where the ranks of one epoch find each other: a key-value store that rank 0 serves over TCP.
 
-Its first key carries instance and epoch, so that nobody meets the ranks of another one.
+Anybody who can connect can read it: so it holds no secret. Its first key tells the epoch and
+proves by a keyed hash that rank 0 is of the instance, so that nobody meets the ranks of another
+one; the names of the other keys begin with another such hash.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from compute.errors import JoinRefused, PeerLost
 dist: Any = torch.distributed  # parts of it are not in its type information
 _RETRY_S = 0.05
 _EPOCH_KEY = "epoch"
+_MAX_DIGITS = 20
 # Torch says one of these of a peer that is silent; anything else is the connection's end.
 _SILENT = ("Timed out", "timeout", "timed out")
 
@@ -48,14 +51,14 @@ def reason(exc: RuntimeError) -> str:
     """The useful part of what torch says."""
     text = str(exc).partition("\n")[0]
     text = text.rpartition("] ")[2] if text.startswith("[") and "] " in text else text
-    text = text.partition(" This is typically")[0]
+    text = text.partition(" This is typically")[0].partition(", keys:")[0]
     return f"silent: {text}" if any(word in str(exc) for word in _SILENT) else text
 
 
 def _open(rendezvous: Rendezvous, deadline_s: float, listener: socket.socket | None) -> Any:
     """The key-value store that rank 0 serves at ``rendezvous.address`` for this epoch."""
     host, tcp_port = rendezvous.address
-    mine = f"{rendezvous.instance}/{rendezvous.epoch}"
+    mine = _proof(rendezvous, rendezvous.epoch)
     if rendezvous.rank == 0:
         if listener is None:
             listener = _listen(host, tcp_port)
@@ -82,25 +85,45 @@ def _open(rendezvous: Rendezvous, deadline_s: float, listener: socket.socket | N
                 wait_for_workers=False,
                 timeout=_left(deadline_s),
             )
-            theirs = store.get(_EPOCH_KEY).decode()
+            theirs = store.get(_EPOCH_KEY).decode(errors="replace")
         except RuntimeError as exc:
             if time.monotonic() >= deadline_s:
                 raise PeerLost(0, f"it did not come to join: {reason(exc)}") from exc
         if theirs == mine:
             return store
-        instance, _, epoch = theirs.rpartition("/")
-        if theirs and (instance != rendezvous.instance or int(epoch) > rendezvous.epoch):
-            raise JoinRefused(f"rank 0 at {host}:{tcp_port} is of {theirs}, this one of {mine}")
+        why = "it did not come to join"
+        if theirs:
+            epoch = _epoch(theirs, rendezvous)
+            if epoch is None or epoch > rendezvous.epoch:
+                where = "of another group" if epoch is None else f"at epoch {epoch}"
+                raise JoinRefused(
+                    f"rank 0 at {host}:{tcp_port} is {where}, "
+                    f"rank {rendezvous.rank} at {rendezvous.generation}"
+                )
+            why = f"it is still at epoch {epoch}"
         if time.monotonic() >= deadline_s:
-            raise PeerLost(0, f"it is still of {theirs}")
+            raise PeerLost(0, why)
         pause.wait(_RETRY_S)  # the rank 0 of an epoch that is over has not gone yet
+
+
+def _proof(rendezvous: Rendezvous, epoch: int) -> str:
+    """What rank 0 publishes."""
+    return f"{epoch}/{rendezvous.keyed('store', epoch)}"
+
+
+def _epoch(theirs: str, rendezvous: Rendezvous) -> int | None:
+    """At which epoch of this instance a rank 0 is; None where it is of another instance."""
+    epoch = theirs.partition("/")[0]
+    if not epoch.isdecimal() or len(epoch) > _MAX_DIGITS:
+        return None
+    return int(epoch) if theirs == _proof(rendezvous, int(epoch)) else None
 
 
 def _check_in(store: Any, rendezvous: Rendezvous, deadline_s: float) -> str:
     """Wait until every rank has come once; the prefix of this epoch's keys."""
-    prefix = f"{rendezvous.instance}/{rendezvous.epoch}"
+    prefix = rendezvous.keyed("keys")
     if store.add(f"{prefix}/times/{rendezvous.rank}", 1) > 1:
-        raise JoinRefused(f"rank {rendezvous.rank} has joined {prefix} already")
+        raise JoinRefused(f"rank {rendezvous.rank} has joined {rendezvous.generation} already")
     mine = json.dumps({"hosts": rendezvous.hosts})
     keys = [f"{prefix}/rank/{rank}" for rank in range(rendezvous.world_size)]
     store.set(keys[rendezvous.rank], mine)
@@ -112,7 +135,9 @@ def _check_in(store: Any, rendezvous: Rendezvous, deadline_s: float) -> str:
             lost = rank if time.monotonic() >= deadline_s else 0
             raise PeerLost(lost, f"it did not come to join: {reason(exc)}") from exc
         if theirs != mine:
-            raise JoinRefused(f"rank {rank} of {prefix} sees another group: {theirs}, not {mine}")
+            raise JoinRefused(
+                f"rank {rank} at {rendezvous.generation} sees another group: {theirs}, not {mine}"
+            )
     return prefix
 
 

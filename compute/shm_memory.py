@@ -1,9 +1,9 @@
 """Memory that the ranks of one host map: made by the first of them, handed to the others.
 
 On Unix it never has a name in any folder: the first rank listens on a local socket whose name
-carries instance and epoch, and sends the descriptor to the others. So whatever kills whom, the
-kernel frees everything with the last process. On Windows it is a named mapping, which goes with
-its last user likewise.
+carries the group's key and the epoch, and sends the descriptor to the others. So whatever kills
+whom, the kernel frees everything with the last process. On Windows it is a named mapping, which
+goes with its last user likewise.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Memory:
 
 
 def share(
-    *, instance: str, epoch: int, ranks: Sequence[int], rank: int, size: int, timeout_s: float
+    *, group: str, epoch: int, ranks: Sequence[int], rank: int, size: int, timeout_s: float
 ) -> Memory:
     """Map the group's zeroed memory.
 
     Args:
+        group: names the group and is no secret.
         ranks: of the group on this host, in order; the first one makes the memory.
         size: in bytes.
 
@@ -67,13 +68,13 @@ def share(
         PeerLost: somebody did not come, or ended meanwhile.
         JoinRefused: the others mean another group, or there is no memory left.
     """
-    name = _name(instance, epoch, ranks)
+    name = _name(group, epoch, ranks)
     if sys.platform == "win32":
         return Memory(mmap.mmap(-1, size, tagname=name))
     deadline_s = time.monotonic() + timeout_s
     hello = {
         "version": _VERSION,
-        "instance": instance,
+        "group": group,
         "epoch": epoch,
         "ranks": list(ranks),
         "size": size,
@@ -83,9 +84,9 @@ def share(
     return _ask(name, hello, rank, deadline_s)
 
 
-def _name(instance: str, epoch: int, ranks: Sequence[int]) -> str:
+def _name(group: str, epoch: int, ranks: Sequence[int]) -> str:
     user = os.getuid() if sys.platform != "win32" else os.environ.get("USERNAME", "")
-    key = hashlib.sha256(f"{user}|{instance}|{list(ranks)}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{user}|{group}|{list(ranks)}".encode()).hexdigest()[:20]
     return f"phalanx-{key}-{epoch}"
 
 
@@ -129,8 +130,8 @@ def _hand_out(name: str, hello: Mapping[str, Any], deadline_s: float) -> Memory:
             listener.bind(address)
         except OSError as exc:
             raise JoinRefused(
-                f"another process is rank {hello['ranks'][0]} of epoch {hello['epoch']} of "
-                f"{hello['instance']} already: {exc}"
+                f"another process is rank {hello['ranks'][0]} of epoch {hello['epoch']} "
+                f"already: {exc}"
             ) from exc
         listener.listen(len(others) + 8)
         joined: dict[int, socket.socket] = {}
@@ -183,7 +184,7 @@ def _admit(connection: socket.socket, hello: Mapping[str, Any], missing: set[int
         wrong = [key for key in hello if theirs.get(key) != hello[key]] or [f"rank {rank}"]
         reason = f"the group differs in {', '.join(wrong)}"
         connection.sendall(reason.encode() + b"\n")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass  # it was none of ours, or is gone: the one that is expected may still come
     return None
 

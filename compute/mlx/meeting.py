@@ -4,10 +4,11 @@ A ring's own way of joining knows no epoch and no time-out. Torch's store, which
 by, would cost each MLX rank 200 MB. Frames are lines of JSON: a rank says who it is, and rank 0
 answers when everybody is here, or why they will not be::
 
-    {"instance": ..., "epoch": ..., "rank": ..., "hosts": [...]}
+    {"key": ..., "epoch": ..., "rank": ..., "hosts": [...]}
     {"all": true} | {"epoch": of rank 0} | {"refused": why} | {"lost": rank, "why": ...}
 
-Who does not know the instance's name gets no answer.
+The key proves that a rank knows the instance's id and does not tell it. Who does not know it gets
+no answer. What strangers send, to either side, is passed over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from compute.errors import JoinRefused, PeerLost
 _MAX_LINE_BYTES = 64 << 10
 _ANSWER_S = 5.0  # to hand a line to a socket that has room for it
 _RETRY_S = 0.05
+_PURPOSE = "ring"
+_MAX_NUMBER = 1 << 63
 
 
 def meet(rendezvous: Rendezvous, deadline_s: float, listener: socket.socket | None) -> None:
@@ -60,6 +63,7 @@ class _Door:
 
     def __init__(self, rendezvous: Rendezvous, listener: socket.socket) -> None:
         self._rendezvous, self._listener = rendezvous, listener
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._said: dict[socket.socket, bytes] = {}  # of those who have not said all
@@ -95,15 +99,19 @@ class _Door:
         for key, _ in self._selector.select(left_s):
             connection: Any = key.fileobj
             if connection is self._listener:
-                guest, _ = self._listener.accept()
-                guest.settimeout(_ANSWER_S)
-                self._said[guest] = b""
-                self._selector.register(guest, selectors.EVENT_READ)
+                self._admit()
             elif connection in self._said:
                 self._hear(connection)
             else:  # there is no more to say: it is the end of the connection
                 lost = next(rank for rank, other in self._here.items() if other is connection)
                 raise PeerLost(lost, "it left while joining")
+
+    def _admit(self) -> None:
+        with contextlib.suppress(OSError):  # who knocked has gone
+            guest, _ = self._listener.accept()
+            guest.settimeout(_ANSWER_S)
+            self._said[guest] = b""
+            self._selector.register(guest, selectors.EVENT_READ)
 
     def _hear(self, guest: socket.socket) -> None:
         try:
@@ -127,21 +135,20 @@ class _Door:
 
     def _known(self, guest: socket.socket, said: bytes) -> int | None:
         """Which rank of this epoch somebody is; None for all others. Raises JoinRefused."""
-        mine = self._rendezvous
-        try:
-            hello = json.loads(said)
-            instance, epoch = str(hello["instance"]), int(hello["epoch"])
-            rank, hosts = int(hello["rank"]), tuple(hello["hosts"])
-        except (ValueError, TypeError, KeyError):
+        mine, hello = self._rendezvous, _parsed(said)
+        key, epoch, rank = hello.get("key"), _number(hello, "epoch"), _number(hello, "rank")
+        hosts = hello.get("hosts")
+        if not isinstance(key, str) or epoch is None or rank is None:
             return None
-        if not hmac.compare_digest(instance.encode(), mine.instance.encode()):
+        expected = mine.keyed(_PURPOSE, epoch)
+        if not hmac.compare_digest(key.encode(errors="replace"), expected.encode()):
             return None
         if epoch != mine.epoch:
             _send(guest, {"epoch": mine.epoch})
             return None
-        if not 0 < rank < mine.world_size or hosts != mine.hosts:
+        if not 0 < rank < mine.world_size or hosts != list(mine.hosts):
             _send(guest, {"refused": f"rank 0 sees another group: {list(mine.hosts)}"})
-            raise JoinRefused(f"rank {rank} sees another group: {list(hosts)}")
+            raise JoinRefused(f"rank {rank} sees another group: {hosts}")
         if rank in self._here:
             _send(guest, {"refused": f"rank {rank} has joined already"})
             return None
@@ -155,7 +162,7 @@ class _Door:
 def _come(rendezvous: Rendezvous, deadline_s: float) -> None:
     """Another rank's side: knock until rank 0 of this epoch answers."""
     hello = {
-        "instance": rendezvous.instance,
+        "key": rendezvous.keyed(_PURPOSE),
         "epoch": rendezvous.epoch,
         "rank": rendezvous.rank,
         "hosts": list(rendezvous.hosts),
@@ -163,30 +170,43 @@ def _come(rendezvous: Rendezvous, deadline_s: float) -> None:
     pause, why = threading.Event(), "nobody listens"
     while (left_s := deadline_s - time.monotonic()) > 0:
         answer: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             answer = _asked(rendezvous.address, hello, left_s)
-        if answer.get("all"):
+        if answer.get("all") is True:
             return
         if "refused" in answer:
             raise JoinRefused(str(answer["refused"]))
-        if "lost" in answer:
-            raise PeerLost(int(answer["lost"]), str(answer["why"]))
-        if int(answer.get("epoch", -1)) > rendezvous.epoch:
-            raise JoinRefused(f"rank 0 is at epoch {answer['epoch']}, this one {rendezvous.epoch}")
-        if "epoch" in answer:
-            why = f"it is still at epoch {answer['epoch']}"
+        if (lost := _number(answer, "lost")) is not None:
+            raise PeerLost(lost, str(answer.get("why")))
+        if (epoch := _number(answer, "epoch")) is not None:
+            if epoch > rendezvous.epoch:
+                raise JoinRefused(f"rank 0 is at epoch {epoch}, this one {rendezvous.epoch}")
+            why = f"it is still at epoch {epoch}"
         pause.wait(_RETRY_S)  # it is not there yet, or of an epoch that is over
     raise PeerLost(0, f"it did not come to join: {why}")
 
 
 def _asked(address: tuple[str, int], hello: dict[str, Any], left_s: float) -> dict[str, Any]:
-    """Rank 0's answer; empty where it hangs up. Raises OSError, ValueError."""
+    """Rank 0's answer; empty where it hangs up. Raises OSError."""
     with socket.create_connection(address, timeout=left_s) as connection:
         connection.sendall(json.dumps(hello).encode() + b"\n")
         with connection.makefile("rb") as lines:
             line = lines.readline(_MAX_LINE_BYTES)
-    answer = json.loads(line) if line else {}
-    return answer if isinstance(answer, dict) else {}
+    return _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The object on a line; empty where there is none."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):  # brackets in brackets in brackets
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _number(said: dict[str, Any], name: str) -> int | None:
+    number = said.get(name)
+    return number if type(number) is int and abs(number) < _MAX_NUMBER else None
 
 
 def _send(connection: socket.socket, answer: dict[str, Any]) -> None:

@@ -49,7 +49,8 @@ class Ranks:
         return connection
 
     def hello(self, rank: int, **changed: object) -> bytes:
-        said = {"instance": "x", "epoch": 3, "rank": rank, "hosts": HOSTS, **changed}
+        key = order(0, 0).keyed("ring")
+        said = {"key": key, "epoch": 3, "rank": rank, "hosts": HOSTS, **changed}
         return json.dumps(said).encode() + b"\n"
 
 
@@ -75,11 +76,19 @@ def test_strangers_learn_nothing_and_hold_up_nobody(ranks: Ranks) -> None:
         for line in (
             b"GET / HTTP/1.1\r\n\r\n",
             b"[]\n",
-            b'{"instance": "x"}\n',
+            b'{"key": "x"}\n',
+            b"[" * 1020 + b"\n",
+            b"[" * 60_000 + b"\n",
             b"\xff\n",
             b"{" * 70_000,
-            ranks.hello(1, instance="y"),
+            ranks.hello(1, key="y"),
+            ranks.hello(1, key=order(0, 0, name="y").keyed("ring")),
+            ranks.hello(1, key="\ud800"),
+            ranks.hello(1, key=["x"]),
             ranks.hello(1, epoch="z"),
+            ranks.hello(1, epoch=1e999),
+            ranks.hello(1, epoch=4),  # not what the key is of
+            ranks.hello(10**300),
         )
     ]
     others = [ranks.start(order(rank, ranks.tcp_port)) for rank in (1, 2)]
@@ -132,6 +141,20 @@ def test_a_rank_believes_what_rank_0_tells(ranks: Ranks) -> None:
         guest.sendall(b'{"lost": 1, "why": "it fell"}\n')
         with pytest.raises(PeerLost, match="rank 1 is lost: it fell"):
             second.result(timeout=WAIT_S)
+
+
+def test_a_rank_passes_over_what_is_no_answer(ranks: Ranks) -> None:
+    first = ranks.start(order(1, ranks.tcp_port))
+    lines = (b"[" * 1020, b"[]", b'{"lost": "z"}', b'{"epoch": null}', b'{"all": 1}', b"\xff", b"")
+    for line in lines:
+        guest, _ = ranks.listener.accept()
+        with guest:
+            assert guest.recv(1000)
+            guest.sendall(line + b"\n")
+    guest, _ = ranks.listener.accept()
+    with guest:
+        guest.sendall(b'{"all": true}\n')
+        first.result(timeout=WAIT_S)
 
 
 def test_who_never_comes_is_named(ranks: Ranks) -> None:
