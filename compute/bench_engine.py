@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compute.engine import Engine, Row, load_engine
+from compute.engine import Row, StageEngine, load_engine
 
 
 def peak_bytes() -> int:
@@ -28,7 +28,7 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(engine: Engine, *, prompt_tokens: int, decode_tokens: int) -> dict[str, Any]:
+def measure(engine: StageEngine, *, prompt_tokens: int, decode_tokens: int) -> dict[str, Any]:
     """Speed of an engine with a prompt of random tokens.
 
     Returns:

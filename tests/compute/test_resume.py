@@ -12,7 +12,7 @@ import pytest
 from compute import bench_engine
 from compute.cpu.decoder import run_step
 from compute.cpu.warm import warm_up
-from compute.engine import Engine, Row, load_engine
+from compute.engine import Row, StageEngine, load_engine
 from compute.errors import OutOfMemory
 from compute.kv_cache import KvCache
 from compute.sampler import SamplingParams
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, tensors)
 
 
-def load(model: Path, *, num_slots: int = 4, threads: int = 1) -> Engine:
+def load(model: Path, *, num_slots: int = 4, threads: int = 1) -> StageEngine:
     return load_engine(model, context_tokens=96, num_slots=num_slots, threads=threads, device="cpu")
 
 
