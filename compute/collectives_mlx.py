@@ -15,10 +15,8 @@ import faulthandler
 import importlib.util
 import json
 import os
-import queue
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from compute.call_thread import CallThread
 from compute.collectives import Backend, Rendezvous, Shapes, Tensor
 from compute.errors import JoinRefused, PeerLost
 
@@ -40,7 +39,7 @@ class MlxGroup:
 
     backend: Final[Backend] = "mlx"
 
-    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: _Thread) -> None:
+    def __init__(self, rendezvous: Rendezvous, ring: Any, thread: CallThread) -> None:
         self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
         self.epoch = rendezvous.epoch
         self._ring, self._thread = ring, thread
@@ -62,7 +61,7 @@ class MlxGroup:
         meet(rendezvous, deadline_s, listener)
         _joined = True
         ring = _init(rendezvous, max(0.001, deadline_s - time.monotonic()))
-        group = cls(rendezvous, ring, _Thread())
+        group = cls(rendezvous, ring, CallThread("mlx-ring"))
         group.barrier(timeout_s=max(0.001, deadline_s - time.monotonic()))
         return group
 
@@ -146,9 +145,12 @@ class MlxGroup:
 
         try:
             result = self._thread.run(evaluate, timeout_s)
-        except PeerLost as lost:
-            self._lost = lost
-            raise
+        except TimeoutError as exc:
+            self._lost = PeerLost(-1, f"silent for {timeout_s:g} s")
+            raise self._lost from exc
+        except RuntimeError as exc:  # what the ring raises
+            self._lost = PeerLost(-1, str(exc))
+            raise self._lost from exc
         if in_place and isinstance(x, np.ndarray):
             x[...] = result
             return x
@@ -180,35 +182,3 @@ def _init(rendezvous: Rendezvous, timeout_s: float) -> Any:
             raise PeerLost(-1, f"the ring did not close: {exc}") from exc
         finally:
             faulthandler.cancel_dump_traceback_later()
-
-
-class _Thread:
-    """Runs calls that may never return; after the first of those it runs no more."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="mlx-ring").start()
-
-    def run(self, call: Callable[[], Any], timeout_s: float) -> Any:
-        """Raises PeerLost: it failed, or did not return in time."""
-        self._calls.put(call)
-        try:
-            result, error = self._results.get(timeout=timeout_s)
-        except queue.Empty:
-            raise PeerLost(-1, f"silent for {timeout_s:g} s") from None
-        if isinstance(error, RuntimeError):  # what the ring raises
-            raise PeerLost(-1, str(error)) from error
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        self._calls.put(None)
-
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                self._results.put((call(), None))
-            except (RuntimeError, ValueError, TypeError) as exc:
-                self._results.put((None, exc))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Final
 
 import torch
 import torch.distributed
 
+from compute.call_thread import CallThread
 from compute.collectives import Backend, Rendezvous, Shapes, Tensor
 from compute.errors import JoinRefused, PeerLost
 from compute.rendezvous_store import meet, reason
 
 dist: Any = torch.distributed  # parts of it are not in its type information
 _SPIN_S, _NAP_S = 0.001, 0.0002
+_ABORT_S = 5.0  # NCCL may wait for a communicator that is still being made
+_EVERYBODY = -1
 
 
 class NcclGroup:
@@ -24,6 +28,11 @@ class NcclGroup:
 
     NCCL itself tells neither who is silent nor that anybody is: every operation is polled until
     its time-out, then the communicator is aborted. Errors name rank -1.
+
+    The first operation among some ranks (all of them, or two that send and receive) makes their
+    communicator, which blocks until all have come: it starts on a thread that is left behind when
+    it takes too long. After such a loss the process should end. What NCCL does when it is
+    aborted meanwhile needs two GPUs to try, and has not been tried.
     """
 
     backend: Final[Backend] = "nccl"
@@ -34,6 +43,7 @@ class NcclGroup:
         self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
         self.epoch = rendezvous.epoch
         self._group, self._store, self._device = group, store, device
+        self._patience = Patience("nccl")
         self._lost: PeerLost | None = None
 
     @classmethod
@@ -95,11 +105,11 @@ class NcclGroup:
 
     def send(self, x: Tensor, *, to: int, timeout_s: float) -> None:
         """See :meth:`compute.collectives.Group.send`."""
-        self._run(lambda group: group.send([x], to, 0), timeout_s)
+        self._run(lambda group: group.send([x], to, 0), timeout_s, peer=to)
 
     def receive(self, x: Tensor, *, source: int, timeout_s: float) -> Tensor:
         """See :meth:`compute.collectives.Group.receive`."""
-        self._run(lambda group: group.recv([x], source, 0), timeout_s)
+        self._run(lambda group: group.recv([x], source, 0), timeout_s, peer=source)
         return x
 
     def barrier(self, *, timeout_s: float) -> None:
@@ -108,28 +118,70 @@ class NcclGroup:
 
     def close(self) -> None:
         """See :meth:`compute.collectives.Group.close`."""
+        self._patience.close()
         if self._group is not None:
-            self._group.abort()
+            aborting = CallThread("nccl-abort")
+            with contextlib.suppress(TimeoutError, RuntimeError):  # there is no more to be done
+                aborting.run(self._group.abort, _ABORT_S)
+            aborting.close()
         self._group = None
 
-    def _run(self, start: Callable[[Any], Any], timeout_s: float) -> None:
+    def _run(
+        self, start: Callable[[Any], Any], timeout_s: float, *, peer: int = _EVERYBODY
+    ) -> None:
         if self._lost is not None:
             raise PeerLost(self._lost.rank, self._lost.why)
         if self._group is None:
             raise PeerLost(self.rank, "this rank has left the group")
+        group, stream = self._group, torch.cuda.current_stream(self._device)
+
+        def begin() -> Any:
+            with torch.cuda.stream(stream):  # a thread has a device and a stream of its own
+                return start(group)
+
+        try:
+            self._patience.run(begin, timeout_s, communicator=peer)
+        except PeerLost as lost:
+            self._lost = lost
+            self.close()
+            raise
+
+
+class Patience:
+    """Starts operations that run by themselves, and waits until they are done: not for ever."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = CallThread(name)
+        self._made: set[Hashable] = set()
+
+    def run(self, start: Callable[[], Any], timeout_s: float, *, communicator: Hashable) -> None:
+        """Return when an operation is done.
+
+        Args:
+            start: returns a torch ``Work``; may block where its communicator is new.
+            communicator: names it.
+
+        Raises:
+            PeerLost: it failed or took longer than ``timeout_s``. No other may follow.
+        """
         start_s = time.monotonic()
         try:
-            work = start(self._group)
+            if communicator in self._made:  # a switch of threads costs as much as a small sum
+                work = start()
+            else:
+                work = self._thread.run(start, timeout_s)
+                self._made.add(communicator)
             while not work.is_completed():
                 waited_s = time.monotonic() - start_s
                 if waited_s > timeout_s:
-                    self._give_up(f"silent for {timeout_s:g} s")
+                    raise TimeoutError
                 time.sleep(_NAP_S if waited_s > _SPIN_S else 0)
             work.wait()  # orders the current stream behind it; raises what went wrong
+        except TimeoutError as exc:
+            raise PeerLost(-1, f"silent for {timeout_s:g} s") from exc
         except RuntimeError as exc:
-            self._give_up(reason(exc))
+            raise PeerLost(-1, reason(exc)) from exc
 
-    def _give_up(self, why: str) -> None:
-        self._lost = PeerLost(-1, why)
-        self.close()
-        raise self._lost
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.close()
