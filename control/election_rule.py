@@ -207,8 +207,10 @@ class _Turn:
         if self.now_s < s.campaign_until_s and not s.up <= s.statuses.keys():
             return
         s.head = self.best()
+        if s.head != s.node or not s.statuses[s.node].able or self.bound_to_other(s.node):
+            return  # a claim is this node's own vote too: it has to be free as any voter
         free = {node for node, st in s.statuses.items() if st.free}
-        if s.head == s.node and s.statuses[s.node].able and has_quorum(s.roster, free):
+        if has_quorum(s.roster, free):
             self.claim(max(st.epoch for st in s.statuses.values()))
 
     def claim(self, above: int) -> None:

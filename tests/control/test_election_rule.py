@@ -250,6 +250,25 @@ def test_an_epoch_is_given_to_one_owner_and_only_by_the_free() -> None:
     assert told(actions, Nack) == [Send(("c",), Nack(6, 5))]
 
 
+def test_who_is_bound_does_not_vote_for_itself() -> None:
+    """Though a quorum of others is free: the leader counts on this node until then."""
+    five = configured(["a", "b", "c", "d", "e"])
+    state, _ = start("e", five)
+    sign = Lead(1, 7.0, 3, 1, 0, five.lineage, (0, 0), True)
+    events: list[Event] = [*map(NodeUp, "abcd"), Heard("a", sign), NodeDown("a")]
+    for event in events:
+        state, _ = step(state, event, 0.1)
+    free = Status(state.clock, 0, 0, 1, five.lineage, True, True, False)
+    claims = []
+    for now_s in (0.2, 1.0, 3.0, 3.2):
+        for node in "bcd":
+            state, actions = step(state, Heard(node, free), now_s)
+            claims += told(actions, Claim)
+        state, actions = step(state, Tick(), now_s)
+        claims += told(actions, Claim)
+        assert bool(claims) is (now_s > 3.1)
+
+
 def test_who_starts_again_is_still_bound() -> None:
     state, _ = start("a", THREE, promise=Promise(5, "c"))
     ask = Claim(6, 9, 0, 0, THREE.lineage, (0, 0))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from control.election_state import Authority, Promise
+from control.election_state import Authority, Promise, State
 from control.quorum import Roster, has_quorum
 from tests.sim.network import World
 
@@ -63,6 +63,8 @@ class Watch:
                 self.counts["obeyed"] += 1
                 if data.epoch < self.promised.get(m.name, 0):
                     self.fail(f"{m.name} obeys {data}, but agreed to {self.promised[m.name]}")
+            case "turned":
+                self.keeps_its_word(m, data)
             case "committed":
                 self.counts["committed"] += 1
                 self.committed.update(data.body)
@@ -72,6 +74,13 @@ class Watch:
                     self.knows_all(m)
             case "crash":
                 self.rights.pop(m.name, None)
+
+    def keeps_its_word(self, m: Machine, after: State) -> None:
+        """Bound to a leader, a machine gives an epoch to nobody; it may follow a newer leader."""
+        before, holder = m.election, after.promise.holder
+        bound = before.held_by not in ("", m.name) and m.clock_s() < before.held_until_s
+        if bound and before.held_by != holder and after.leader != holder:
+            self.fail(f"{m.name} is bound to {before.held_by} and agrees to {after.promise}")
 
     def has_right(self, m: Machine) -> bool:
         return self.rights.get(m.name, ("", 0.0))[1] > self.world.now_s

@@ -12,6 +12,7 @@ from typing import Any
 from control import desired_sync as sync
 from control import election_rule as election
 from control import membership_rule as membership
+from control.election_messages import Resign
 from control.election_state import (
     Changed,
     CommandsSeen,
@@ -154,7 +155,7 @@ class Machine:
         self.say((other,), "beat", membership.Beat(self.incarnation, 1, b"facts"))
 
     def _disconnected(self, other: str, session: int) -> None:
-        if self.sessions.get(other) == session:
+        if session and self.sessions.get(other) == session:
             del self.sessions[other]
             self._peer_actions(other, membership.disconnected(self.peers.pop(other)))
 
@@ -167,6 +168,17 @@ class Machine:
             peer._if_alive(peer.incarnation, lambda: peer._disconnected(self.name, session))
 
         self.world.carry(self.name, other, "close", closed)
+
+    def reset(self, other: str) -> None:
+        """The connection breaks, at this end first."""
+        if self.alive and other in self.sessions:
+            self._disconnected(other, self.sessions[other])
+            peer = self.cluster[other]
+            if self.name in peer.sessions:
+                peer._if_alive(
+                    peer.incarnation,
+                    lambda: peer._disconnected(self.name, peer.sessions.get(self.name, 0)),
+                )
 
     def say(self, to: tuple[str, ...], kind: str, message: Any) -> None:
         """Send to those of ``to`` that are connected."""
@@ -239,7 +251,12 @@ class Machine:
                     self._hang_up(name)
 
     def _event(self, event: Any) -> None:
-        self._elected(*election.step(self.election, event, self.clock_s()))
+        before, promise = self.election, self.election.promise
+        after, actions = election.step(before, event, self.clock_s())
+        released = isinstance(event, Heard) and isinstance(event.message, Resign)
+        if after.promise.holder != promise.holder and not released:
+            self.watch(self, "turned", after)
+        self._elected(after, actions)
 
     def _elected(self, state: Any, actions: tuple[Any, ...]) -> None:
         before, self.election = self.election, state

@@ -190,7 +190,24 @@ def _lose_sight(s: Scenario, rng: Random) -> None:
     s.later(7, s.heal)
 
 
+def _stop_leader_for_a_hold(s: Scenario, rng: Random) -> None:
+    """It comes back just when its followers become free, and connections end under it."""
+    m = s.leader()
+    if m is None:
+        return
+    pause_s, trouble_s = rng.uniform(2.6, 3.6), rng.uniform(2.0, 4.5)
+    s.say(f"the leader {m.name} is stopped for {pause_s:.2f} s, loss for {trouble_s:.2f} s")
+    m.stopped_until_s = max(m.stopped_until_s, s.world.now_s + pause_s)
+    s.world.loss = rng.choice((0.0, rng.uniform(0.05, 0.4)))
+    for other in s.machines:
+        if other is not m:
+            s.later(pause_s + rng.uniform(0, 0.5), partial(m.reset, other.name), unrest=True)
+    s.later(trouble_s, lambda: setattr(s.world, "loss", 0.0), unrest=True)
+
+
 DISTURBANCES = (
+    _stop_leader_for_a_hold,
+    _stop_leader_for_a_hold,
     _slow_schedulers,
     _lose_sight,
     _crash_one,
