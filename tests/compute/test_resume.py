@@ -11,13 +11,16 @@ import pytest
 
 from compute import bench_engine
 from compute.cpu.decoder import run_step
+from compute.cpu.engine import CpuStage
 from compute.cpu.warm import warm_up
 from compute.engine import Row, StageEngine, load_engine
 from compute.errors import OutOfMemory
 from compute.kv_cache import KvCache
 from compute.sampler import SamplingParams
 from compute.worker import Done, Submit, Token, Worker
+from models.checkpoint import open_checkpoint
 from models.errors import CorruptModel, NoSuchModel
+from models.mesh import whole
 from ops.bench import engine_speed
 from tests.models.tiny import llama_tensors, write_gguf
 
@@ -131,15 +134,26 @@ def test_memory_is_counted_and_a_refusal_says_how_much(model: Path) -> None:
 
 def test_the_cache_holds_what_was_computed(model: Path) -> None:
     """Keys and values of a position do not depend on how it got there."""
-    one, two = load(model), load(model)
+    checkpoint = open_checkpoint(model)
+    one, two = (
+        CpuStage.load(
+            checkpoint,
+            whole(checkpoint.spec),
+            context_tokens=96,
+            num_slots=4,
+            threads=1,
+            on_progress=lambda done, total: None,
+        )
+        for _ in range(2)
+    )
     ids = tuple(range(70))  # over the edge of a page
-    one.forward([Row(0, ids, 0)])
+    one.run([Row(0, ids, 0)], None, None)
     for position in ids:
-        two.forward([Row(3, (position,), position)])
+        two.run([Row(3, (position,), position)], None, None)
     for part in ("keys", "values"):
         for layer in (0, 1):
-            a = getattr(one._cache, part)(0, layer, 1, 70)  # type: ignore[attr-defined]
-            b = getattr(two._cache, part)(3, layer, 1, 70)  # type: ignore[attr-defined]
+            a = getattr(one._cache, part)(0, layer, 1, 70)
+            b = getattr(two._cache, part)(3, layer, 1, 70)
             assert a.shape == (70, 16)
             assert np.array_equal(a, b)
             assert (a != 0).any(axis=1).all()
