@@ -12,17 +12,24 @@ import torch
 
 from compute.collectives import Backend, Rendezvous, Shapes, Tensor
 from compute.errors import PeerLost
-from compute.gloo_mesh import GlooMesh
+from compute.gloo_mesh import GlooMesh, Message
 
 ONE_SHOT_BYTES = 64 * 1024
-_TAGS = 1 << 30  # collectives count below it, messages of a pair above
+LARGE_BYTES = 64 * 1024  # beyond it a message may be in flight when a rank dies
+_TAGS = 1 << 28  # collectives count below it, messages of a pair above
+_TRAILERS, _RECEIPTS = 2 * _TAGS, 4 * _TAGS  # added to those
 
 
 class GlooGroup:
     """A :class:`compute.collectives.Group` on torch tensors or numpy arrays.
 
     Tensors of a GPU go through the host's memory. A dead peer is noticed when its connection
-    closes; a silent one, and one behind a cut link, by the time-out.
+    closes; a silent one, and one behind a cut link, by the time-out. Who notices leaves, so that
+    those who wait for it notice as well: these may name it instead.
+
+    When a peer dies, gloo wakes those who wait for a message to begin, but neither the sender nor
+    the receiver of one that is on its way. So a large message is followed by a byte, its trailer,
+    and answered by another, its receipt: who waits for these first, is woken.
 
     Args:
         members: ranks of the mesh that are in this group, this one among them; all by default.
@@ -99,7 +106,10 @@ class GlooGroup:
         return _give_back(x, mine)
 
     def send(self, x: Tensor, *, to: int, timeout_s: float) -> None:
-        """See :meth:`compute.collectives.Group.send`; returns when the kernel has taken it."""
+        """See :meth:`compute.collectives.Group.send`.
+
+        A large array has been received when this returns, a small one has left.
+        """
         self._check(to, myself=False)
         tag = _TAGS + self._sent[to] % _TAGS
         self._sent[to] += 1
@@ -145,25 +155,48 @@ class GlooGroup:
         if self._lost is not None:
             raise PeerLost(self._lost.rank, self._lost.why)
         mesh, me = self._mesh, self.rank
-        work = []
+        there = {peer: x for peer, x in outgoing.items() if peer != me and x.numel()}
+        back = {peer: x for peer, x in incoming.items() if peer != me and x.numel()}
         try:
-            for peer, x in incoming.items():
-                if peer != me and x.numel():
-                    work.append((mesh.receive(x, self._members[peer], tag), self._members[peer]))
-            for peer, x in outgoing.items():
-                if peer != me and x.numel():
-                    work.append((mesh.send(x, self._members[peer], tag), self._members[peer]))
+            trailers, arriving, leaving = [], [], []
+            for peer, x in back.items():
+                arriving.append(self._receive(x, peer, tag))
+                if x.nbytes > LARGE_BYTES:
+                    trailers.append(self._receive(_byte(), peer, _TRAILERS + tag))
+            for peer, x in there.items():
+                if x.nbytes > LARGE_BYTES:
+                    leaving.append(self._receive(_byte(), peer, _RECEIPTS + tag))
+            for peer, x in there.items():
+                leaving.append(self._send(x, peer, tag))
+                if x.nbytes > LARGE_BYTES:
+                    leaving.append(self._send(_byte(), peer, _TRAILERS + tag))
             if me in incoming and incoming[me].data_ptr() != outgoing[me].data_ptr():
                 incoming[me].copy_(outgoing[me])
-            for started, member in work:
-                mesh.finish(started, member, deadline_s)
+            for message in (*trailers, *arriving):
+                mesh.finish(message, deadline_s)
+            for peer, x in back.items():
+                if x.nbytes > LARGE_BYTES:
+                    leaving.append(self._send(_byte(), peer, _RECEIPTS + tag))
+            for message in leaving:  # receipts are the first of them
+                mesh.finish(message, deadline_s)
         except PeerLost as lost:
-            self._lost = lost
+            self._lost = PeerLost(lost.rank, lost.why)  # that one holds what it passed through
+            mesh.close()
             raise
+
+    def _send(self, x: torch.Tensor, peer: int, tag: int) -> Message:
+        return self._mesh.send(x, self._members[peer], tag)
+
+    def _receive(self, x: torch.Tensor, peer: int, tag: int) -> Message:
+        return self._mesh.receive(x, self._members[peer], tag)
 
     def _check(self, rank: int, *, myself: bool = True) -> None:
         if not 0 <= rank < self.world_size or (rank == self.rank and not myself):
             raise ValueError(f"rank {self.rank} of {self.world_size} cannot do this with {rank}")
+
+
+def _byte() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.uint8)
 
 
 def _total(rows: torch.Tensor) -> torch.Tensor:

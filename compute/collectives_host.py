@@ -163,7 +163,7 @@ class HostsGroup:
         try:
             yield time.monotonic() + timeout_s
         except PeerLost as lost:
-            self._lost = lost
+            self._lost = PeerLost(lost.rank, lost.why)  # that one holds what it passed through
             if isinstance(self._inside, ShmGroup):
                 self._inside.report(lost)
             self._mesh.close()  # other hosts notice

@@ -146,15 +146,17 @@ class MlxGroup:
         try:
             result = self._thread.run(evaluate, timeout_s)
         except TimeoutError as exc:
-            self._lost = PeerLost(-1, f"silent for {timeout_s:g} s")
-            raise self._lost from exc
+            raise self._give_up(f"silent for {timeout_s:g} s") from exc
         except RuntimeError as exc:  # what the ring raises
-            self._lost = PeerLost(-1, str(exc))
-            raise self._lost from exc
+            raise self._give_up(str(exc)) from exc
         if in_place and isinstance(x, np.ndarray):
             x[...] = result
             return x
         return result
+
+    def _give_up(self, why: str) -> PeerLost:
+        self._lost = PeerLost(-1, why)
+        return PeerLost(-1, why)
 
     def _check_neighbour(self, rank: int) -> None:
         around = {(self.rank + step) % self.world_size for step in (1, -1)} - {self.rank}

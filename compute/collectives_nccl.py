@@ -142,7 +142,7 @@ class NcclGroup:
         try:
             self._patience.run(begin, timeout_s, communicator=peer)
         except PeerLost as lost:
-            self._lost = lost
+            self._lost = PeerLost(lost.rank, lost.why)  # that one holds what it passed through
             self.close()
             raise
 

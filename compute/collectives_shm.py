@@ -146,7 +146,7 @@ class ShmGroup:
         """Tell everybody that a rank is lost; it may be one of another host."""
         if self._base and self._words[0] == 0:
             self._words[0] = lost.rank + 2  # 1: nobody knows who
-        self._lost = self._lost or lost
+        self._lost = self._lost or PeerLost(lost.rank, lost.why)
 
     def _run(self, kernel: Callable[..., int], timeout_s: float, *arguments: int) -> None:
         """Call a kernel until it is done, looking at the peers in between."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,20 @@ from compute.errors import PeerLost
 from compute.rendezvous_store import family, meet, reason
 
 dist: Any = torch.distributed  # parts of it are not in its type information
-Work = Any
+
+
+@dataclass(eq=False, slots=True)
+class Message:
+    """One that is on its way.
+
+    Attributes:
+        work: torch's handle, which keeps all connections of the mesh open; None when it is over.
+        peer: the other rank, ``x`` what must live meanwhile.
+    """
+
+    work: Any
+    peer: int
+    x: torch.Tensor
 
 
 class GlooMesh:
@@ -30,6 +44,7 @@ class GlooMesh:
         self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
         self.epoch = rendezvous.epoch
         self._store, self._group = None, None
+        self._open: set[Message] = set()
         deadline_s = time.monotonic() + rendezvous.timeout_s
         try:
             self._store, prefix = meet(rendezvous, deadline_s, listener)
@@ -40,32 +55,39 @@ class GlooMesh:
             if self._group is None:
                 self.close()
 
-    def send(self, x: torch.Tensor, to: int, tag: int) -> Work:
+    def send(self, x: torch.Tensor, to: int, tag: int) -> Message:
         """Start to send a contiguous CPU tensor; it must not change before ``finish``."""
         return self._start("send", x, to, tag)
 
-    def receive(self, x: torch.Tensor, source: int, tag: int) -> Work:
+    def receive(self, x: torch.Tensor, source: int, tag: int) -> Message:
         """Start to fill a contiguous CPU tensor."""
         return self._start("recv", x, source, tag)
 
-    def _start(self, name: str, x: torch.Tensor, peer: int, tag: int) -> Work:
+    def _start(self, name: str, x: torch.Tensor, peer: int, tag: int) -> Message:
         if self._group is None:
             raise PeerLost(self.rank, "this rank has left the group")
         try:
-            return getattr(self._group, name)([x], peer, tag)
+            message = Message(getattr(self._group, name)([x], peer, tag), peer, x)
         except RuntimeError as exc:
             raise PeerLost(peer, reason(exc)) from exc
+        self._open.add(message)
+        return message
 
-    def finish(self, work: Work, peer: int, deadline_s: float) -> None:
+    def finish(self, message: Message, deadline_s: float) -> None:
         """Wait for a message. Raises PeerLost."""
         left_s = max(0.001, deadline_s - time.monotonic())  # 0 would mean for ever
         try:
-            work.wait(timedelta(seconds=left_s))
+            message.work.wait(timedelta(seconds=left_s))
         except RuntimeError as exc:
-            raise PeerLost(peer, reason(exc)) from exc
+            raise PeerLost(message.peer, reason(exc)) from exc
+        message.work = None
+        self._open.discard(message)
 
     def close(self) -> None:
         """Close all connections: peers that wait for this rank notice at once."""
+        for message in self._open:  # whoever handles an error may still see them
+            message.work = None
+        self._open.clear()
         if self._group is not None:
             self._group.abort()
         self._group = None

@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,15 +90,42 @@ class Worker:
                 case "barrier":
                     group.barrier(timeout_s=timeout_s)
                 case "for_ever":  # until a peer is lost
-                    group.all_reduce_sum(given, timeout_s=20.0)
+                    again = self._repeated(group, command.get("of", "all_reduce_sum"), x)
+                    again(20.0)
                     print(json.dumps({"started": True}), flush=True)
                     while True:
-                        group.all_reduce_sum(given, timeout_s=timeout_s)
-                        x[:] = 1
+                        again(timeout_s)
                 case other:
                     raise AssertionError(other)
         arrays = [np.ascontiguousarray(a) for a in out]
         return {"bits": [base64.b64encode(a.tobytes()).decode() for a in arrays]}
+
+    @staticmethod
+    def _repeated(group: Group, name: str, x: npt.NDArray[np.float32]) -> Callable[[float], object]:
+        """An operation in which rank 0 waits for rank 1, by its limit in seconds.
+
+        With ``receive`` the former receives what the latter sends, with ``send`` the reverse.
+        """
+
+        def all_reduce(timeout_s: float) -> None:
+            x[:] = 1
+            group.all_reduce_sum(x, timeout_s=timeout_s)
+
+        def send(timeout_s: float) -> None:
+            group.send(x, to=1 - group.rank, timeout_s=timeout_s)
+
+        def receive(timeout_s: float) -> None:
+            group.receive(x, source=1 - group.rank, timeout_s=timeout_s)
+
+        pair = [receive, send]
+        return {
+            "all_reduce_sum": all_reduce,
+            "all_gather": lambda timeout_s: group.all_gather(x, timeout_s=timeout_s),
+            "broadcast": lambda timeout_s: group.broadcast(x, root=1, timeout_s=timeout_s),
+            "barrier": lambda timeout_s: group.barrier(timeout_s=timeout_s),
+            "receive": pair[group.rank % 2],
+            "send": pair[1 - group.rank % 2],
+        }[name]
 
 
 def main() -> None:
