@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 
 class ComputeError(Exception):
@@ -47,14 +48,19 @@ class PeerLost(ComputeError):
         super().__init__(rank, why)
         self.rank, self.why = rank, why
 
-    def called(self, ranks: Sequence[int]) -> PeerLost:
-        """The same loss, by the mesh's number of the group's member."""
-        known = 0 <= self.rank < len(ranks)
-        return PeerLost(ranks[self.rank] if known else self.rank, self.why)
-
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.rank >= 0 else "a rank"
         return f"{who} is lost: {self.why}. Join again under a new epoch."
+
+
+@contextlib.contextmanager
+def numbered_as(ranks: Sequence[int]) -> Iterator[None]:
+    """Losses within the block are told by the mesh's numbers of a group's members."""
+    try:
+        yield
+    except PeerLost as lost:
+        known = 0 <= lost.rank < len(ranks)
+        raise PeerLost(ranks[lost.rank] if known else lost.rank, lost.why) from lost
 
 
 class JoinRefused(ComputeError):

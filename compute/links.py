@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from compute.collectives import Backend, Group, Rendezvous, choose_backend, join
-from compute.errors import PeerLost
+from compute.errors import numbered_as
 from compute.orders import SILENT_S, OrderReceiver, OrderSender
 from compute.places import Listeners, Place
 from compute.stage import FloatArray, Peers, Row, Stage, num_positions
@@ -68,18 +68,14 @@ class Neighbour:
 
     def send(self, x: FloatArray, timeout_s: float) -> None:
         """Hand ``x`` to the later one. Raises PeerLost."""
-        try:
+        with numbered_as(self.ranks):
             self.group.send(x, to=1, timeout_s=timeout_s)
-        except PeerLost as lost:
-            raise lost.called(self.ranks) from lost
 
     def receive(self, shape: tuple[int, int], timeout_s: float) -> FloatArray:
         """Take what the earlier one hands on: float32 of ``shape``. Raises PeerLost."""
         x = np.empty(shape, dtype=np.float32)
-        try:
+        with numbered_as(self.ranks):
             self.group.receive(x, source=0, timeout_s=timeout_s)
-        except PeerLost as lost:
-            raise lost.called(self.ranks) from lost
         return x
 
 
@@ -197,10 +193,8 @@ def _join(
     chosen = backend or choose_backend(rendezvous, "cpu")
     listens = chosen not in ("shm", "single") and meeting.rank == ranks[0]
     listener = listeners.take(use) if listens else None
-    try:
+    with numbered_as(ranks):
         return join(rendezvous, device=meeting.device, backend=chosen, listener=listener)
-    except PeerLost as lost:
-        raise lost.called(ranks) from lost
 
 
 def _backend(meeting: Meeting, ranks: range) -> Backend:

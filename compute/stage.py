@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compute.collectives import Group, Tensor
-from compute.errors import PeerLost
+from compute.errors import numbered_as
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -62,18 +62,14 @@ class Peers:
 
     def sum(self, x: Tensor) -> Tensor:
         """Everybody's ``x`` added up, in place where arrays can change. Raises PeerLost."""
-        try:
+        with numbered_as(self.ranks):
             return self.group.all_reduce_sum(x, timeout_s=self.timeout_s)
-        except PeerLost as lost:
-            raise lost.called(self.ranks) from lost
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Logits of all ranks, (outputs, their vocab) each, in rank order. Raises PeerLost."""
         shapes = [(int(part.shape[0]), len(rows)) for rows in self.vocab]
-        try:
+        with numbered_as(self.ranks):
             return self.group.all_gather(part, shapes=shapes, timeout_s=self.timeout_s)
-        except PeerLost as lost:
-            raise lost.called(self.ranks) from lost
 
 
 class Stage(Protocol):
