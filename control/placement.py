@@ -130,7 +130,7 @@ class _Machine:
                 self._stored,
                 shard,
                 kernels=kernels[rank],
-                device=devices[rank],
+                device=self._measured(devices[rank]),
                 context_tokens=self.request.context_tokens,
                 num_slots=self.request.num_slots,
                 threads=threads,
@@ -162,6 +162,10 @@ class _Machine:
                     shape=shape, ranks=ranks, refusal=self._refusal(shape, ranks, pool)
                 )
         return Candidate(shape=shape, ranks=ranks)
+
+    def _measured(self, device: str) -> str:
+        """Under which name the figures of a device stand: MLX without a GPU has its own."""
+        return "mlx-cpu" if device.startswith("mlx") and not self.host.has_metal else device
 
     @property
     def _likely(self) -> str:

@@ -78,13 +78,17 @@ class Home:
         """The shared secret of the cluster; made at the first call, mode 0600.
 
         Raises:
-            HomeError: unreadable, empty, or open to other users.
+            HomeError: unreadable, empty, or open to other users; or it cannot be made.
         """
         try:
             if not self.cookie_file.exists():
                 alphabet = string.ascii_uppercase + string.digits
                 made = "".join(secrets.choice(alphabet) for _ in range(COOKIE_CHARACTERS))
                 create_secret_file(self.cookie_file, made)
+        except OSError as exc:
+            advice = "Free some space or mend its folder, or give another --home."
+            raise HomeError(self.cookie_file, _why(exc), advice) from exc
+        try:
             mode = self.cookie_file.stat().st_mode
             text = self.cookie_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as exc:

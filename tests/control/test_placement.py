@@ -16,7 +16,9 @@ from control.placement_request import Defaults, Host, Request
 from control.placement_types import Placement
 from models.card import load_cards
 from models.card_spec import kind_of_card, spec_of_card
+from models.footprint import footprint
 from models.legal import IllegalShares
+from models.stored import Assumed
 from tests.models.specs import FAMILIES, small
 
 GB = 10**9
@@ -170,6 +172,22 @@ def test_apple_silicon_takes_mlx_unless_told_otherwise() -> None:
     assert torch.engine == "torch"
     assert torch.chosen is not None
     assert torch.chosen.ranks[0].told == "cpu"
+
+
+def test_mlx_without_a_gpu_is_estimated_as_the_loader_does() -> None:
+    chosen = place(replace(HOST, has_mlx=True), engine="mlx").chosen
+    assert chosen is not None
+    (rank,) = chosen.ranks
+    assert rank.needs == footprint(
+        small("llama"),
+        Assumed("BF16"),
+        rank.shard,
+        kernels="mlx",
+        device="mlx-cpu",
+        context_tokens=DEFAULTS.context_tokens,
+        num_slots=DEFAULTS.num_slots,
+        threads=rank.threads,
+    )
 
 
 @pytest.mark.parametrize("card", load_cards().values(), ids=lambda card: card.id)

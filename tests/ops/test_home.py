@@ -62,6 +62,23 @@ def test_a_cookie_file_without_a_cookie_is_refused(text: bytes, tmp_path: Path) 
         home.cookie()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_cookie_that_cannot_be_made_asks_for_space_not_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = open_home(tmp_path)
+
+    def write_where_nothing_fits(path: Path, text: str) -> None:
+        with Path("/dev/full").open("w") as full:
+            full.write(text)
+
+    monkeypatch.setattr("ops.home.create_secret_file", write_where_nothing_fits)
+    with pytest.raises(HomeError, match=r"No space left on device\. Free some space") as caught:
+        home.cookie()
+    assert "Delete" not in str(caught.value)
+    assert not home.cookie_file.exists()
+
+
 def test_a_home_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/phalanx")):
