@@ -115,6 +115,9 @@ class LoadOptions:
     slots: int | None = None
     threads: int | None = None
     device: str | None = None
+    goal: Literal["latency", "throughput"] | None = None
+    replicas: int | None = None
+    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,6 +299,9 @@ def _given(options: LoadOptions) -> dict[Any, Term]:
         "slots": options.slots,
         "threads": options.threads,
         "device": options.device,
+        "goal": options.goal,
+        "replicas": options.replicas,
+        "priority": options.priority,
     }
     return {Atom(name): value for name, value in given.items() if value is not None}
 

@@ -14,6 +14,8 @@ from control.errors import ControlError
 
 MAX_SLOTS = 1024
 MAX_RANKS = 256
+MAX_REPLICAS = 16
+MAX_PRIORITY = 100
 _DEVICE = re.compile(r"cpu(:0)?|cuda(:\d{1,3})?|mlx(:0)?")
 _NUMBER = re.compile(r"\d{1,12}(\.\d{1,12})?")
 
@@ -88,6 +90,9 @@ class LoadOptions:
         threads: CPU threads of a rank.
         engine: ``torch`` (with the compiled CPU kernels) or ``mlx``.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mlx``; ``cuda`` deals ranks over all devices.
+        goal: ``latency`` (one request alone) or ``throughput`` (all slots busy).
+        replicas: instances of the model that should run.
+        priority: from -100 to 100; what has more keeps its place where memory is short.
     """
 
     context: int = 0
@@ -99,6 +104,9 @@ class LoadOptions:
     threads: int = 0
     engine: str = ""
     device: str = ""
+    goal: str = ""
+    replicas: int = 0
+    priority: int = 0
 
     @staticmethod
     def from_term(options: Mapping[Any, Any]) -> LoadOptions:
@@ -112,8 +120,11 @@ class LoadOptions:
             if name == "shares":
                 found[name] = _shares(value)
             elif known[name] == "int":
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise BadOption(f"{name}: expected a number from 0, got {show(value, 60)}")
+                least = -MAX_PRIORITY if name == "priority" else 0
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise BadOption(
+                        f"{name}: expected a number from {least}, got {show(value, 60)}"
+                    )
                 found[name] = value
             else:
                 if not isinstance(value, str | bytes):
@@ -133,6 +144,12 @@ class LoadOptions:
             raise BadOption(f"engine={self.engine!r} does not run on device={self.device!r}")
         if self.experts not in ("", "inside", "across"):
             raise BadOption(f"experts={self.experts!r}: give inside or across")
+        if self.goal not in ("", "latency", "throughput"):
+            raise BadOption(f"goal={self.goal!r}: give latency or throughput")
+        if self.replicas > MAX_REPLICAS:
+            raise BadOption(f"replicas={self.replicas}: at most {MAX_REPLICAS}")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise BadOption(f"priority={self.priority}: give {-MAX_PRIORITY} to {MAX_PRIORITY}")
         self.shape()
         return self
 

@@ -152,6 +152,9 @@ class Functions:
         slots: Count | None = None,
         threads: Count | None = None,
         device: str | None = None,
+        goal: str | None = None,
+        replicas: Count | None = None,
+        priority: Annotated[int, Field(ge=-100, le=100)] | None = None,
     ) -> RenderableType:
         """Place and load a model, and wait until it answers."""
         options = load_options(
@@ -164,6 +167,9 @@ class Functions:
             slots=slots,
             threads=threads,
             device=device,
+            goal=goal,
+            replicas=replicas,
+            priority=priority,
         )
         request = (Atom("load"), model_ref(model), options)
         instance = text_of(await self._client.call(request, timeout_s=LOAD_S))

@@ -35,6 +35,9 @@ class PlaceRequest(Ask):
     slots: int | None = Field(None, ge=1, le=65536)
     threads: int | None = Field(None, ge=1, le=4096)
     device: Annotated[str, Field(min_length=1, max_length=16)] | None = None
+    goal: Literal["latency", "throughput"] | None = None
+    replicas: int | None = Field(None, ge=1, le=16)
+    priority: int | None = Field(None, ge=-100, le=100)
 
     @property
     def options(self) -> LoadOptions:
@@ -49,6 +52,9 @@ class PlaceRequest(Ask):
             slots=self.slots,
             threads=self.threads,
             device=self.device,
+            goal=self.goal,
+            replicas=self.replicas,
+            priority=self.priority,
         )
 
 

@@ -80,6 +80,25 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="cpu, cuda:N, mlx, or cuda to deal ranks over all GPUs."),
 ]
+GoalOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="latency|throughput",
+        help="What to be best at: one request alone (default), or all slots busy.",
+    ),
+]
+ReplicasOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, max=16, help="Instances that should run.")
+]
+PriorityOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=-100,
+        max=100,
+        help="Who keeps its place where memory is short: more before less, 0 by default.",
+    ),
+]
 
 
 def target(home: Path | None, node: str | None) -> Target:
@@ -109,6 +128,9 @@ def load_options(
     slots: int | None = None,
     threads: int | None = None,
     device: str | None = None,
+    goal: str | None = None,
+    replicas: int | None = None,
+    priority: int | None = None,
 ) -> dict[Term, Term]:
     """The map that ``load`` and ``place`` take; what was not given is left to the cluster.
 
@@ -125,6 +147,9 @@ def load_options(
         "slots": slots,
         "threads": threads,
         "device": device,
+        "goal": goal,
+        "replicas": replicas,
+        "priority": priority,
     }
     return {Atom(name): value for name, value in given.items() if value is not None}
 

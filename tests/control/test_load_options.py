@@ -70,6 +70,13 @@ def test_nothing_said_leaves_the_choice() -> None:
         ({"engine": b"torch", "device": b"mlx"}, "engine='torch' does not run on"),
         ({"experts": b"outside"}, "experts='outside'"),
         ({"slots": 1025}, "slots=1025"),
+        ({"slots": -1}, "slots: expected a number from 0"),
+        ({"goal": b"speed"}, "goal='speed'"),
+        ({"replicas": 17}, "replicas=17: at most 16"),
+        ({"replicas": -1}, "replicas: expected a number from 0"),
+        ({"priority": 101}, "priority=101: give -100 to 100"),
+        ({"priority": -101}, "priority: expected a number from -100"),
+        ({"priority": True}, "priority"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_numbers(options: dict[str, Any], named: str) -> None:
@@ -80,6 +87,13 @@ def test_what_cannot_be_is_refused_with_its_numbers(options: dict[str, Any], nam
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", "cuda", "cuda:12", "mlx"])
 def test_devices(device: str) -> None:
     assert LoadOptions.from_term({A("device"): device}).device == device
+
+
+@pytest.mark.parametrize("priority", [-100, 0, 100])
+def test_goal_replicas_and_priority(priority: int) -> None:
+    given = {A("goal"): b"throughput", A("replicas"): 16, A("priority"): priority}
+    made = LoadOptions.from_term(given)
+    assert (made.goal, made.replicas, made.priority) == ("throughput", 16, priority)
 
 
 @given(

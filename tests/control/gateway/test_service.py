@@ -82,7 +82,8 @@ def test_operators_words_reach_the_cluster(steered: tuple[Live, FakeControl]) ->
     live, control = steered
     options = {"tensor": 2, "pipeline": 1, "shares": [2, 0.5], "engine": "torch", "context": 512}
     more = {"slots": 4, "threads": 1, "device": "cpu", "experts": "inside"}
-    body = {"model": "m", **options, **more}
+    aims = {"goal": "throughput", "replicas": 2, "priority": -1}
+    body = {"model": "m", **options, **more, **aims}
     shape = LoadOptions(
         tensor=2,
         pipeline=1,
@@ -93,6 +94,9 @@ def test_operators_words_reach_the_cluster(steered: tuple[Live, FakeControl]) ->
         slots=4,
         threads=1,
         device="cpu",
+        goal="throughput",
+        replicas=2,
+        priority=-1,
     )
     assert live.http.post("/cluster/place", json=body).json()["chosen"] == {"tensor_size": 2}
     assert live.http.post("/cluster/load", json=body).json() == {"id": "m-1"}
