@@ -104,13 +104,15 @@ def _decide(path: Path, plan: Plan) -> InstanceSpec:
     return InstanceSpec(
         id=plan.id,
         model=plan.model,
-        path=path,
         context_tokens=request.context_tokens,
         num_slots=request.num_slots,
         shape=placement.chosen.shape,
         ranks=tuple(
             RankSpec(
+                node=rank.node,
+                path=path,
                 device=rank.told,
+                pool=rank.pool,
                 threads=rank.threads,
                 memory_bytes=rank.needs.total_bytes if rank.pool == MEMORY else 0,
                 limit_bytes=rank.limit_bytes,

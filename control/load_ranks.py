@@ -150,7 +150,7 @@ def _order(
         Atom("hosts"): [node.partition("@")[2]] * spec.num_ranks,
         Atom("places"): places,
         Atom("devices"): [r.device for r in spec.ranks] if _differ(spec) else [],
-        Atom("path"): str(spec.path),
+        Atom("path"): mine.path.as_posix(),
         Atom("context_tokens"): spec.context_tokens,
         Atom("num_slots"): spec.num_slots,
         Atom("threads"): mine.threads,

@@ -45,12 +45,19 @@ def spec(shape: MeshShape, devices: tuple[str, ...] = ()) -> InstanceSpec:
     return InstanceSpec(
         id="m-1",
         model="m",
-        path=Path("/models/m.gguf"),
         context_tokens=64,
         num_slots=2,
         shape=shape,
         ranks=tuple(
-            RankSpec(device=name, threads=1, memory_bytes=5, limit_bytes=10 + rank)
+            RankSpec(
+                node="t@127.0.0.1",
+                path=Path("/models/m.gguf"),
+                device=name,
+                pool="memory",
+                threads=1,
+                memory_bytes=5,
+                limit_bytes=10 + rank,
+            )
             for rank, name in enumerate(names)
         ),
     )

@@ -211,11 +211,18 @@ def test_place_tells_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def spec(id_: str, num_bytes: int = 0) -> InstanceSpec:
-    rank = RankSpec(device="cpu", threads=1, memory_bytes=num_bytes, limit_bytes=0)
+    rank = RankSpec(
+        node="n@h",
+        path=Path("m.gguf"),
+        device="cpu",
+        pool="memory",
+        threads=1,
+        memory_bytes=num_bytes,
+        limit_bytes=0,
+    )
     return InstanceSpec(
         id=id_,
         model="m",
-        path=Path("m.gguf"),
         context_tokens=8,
         num_slots=1,
         shape=MeshShape.even(2, 1),
