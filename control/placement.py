@@ -190,7 +190,7 @@ class _Machine:
         if pool == MEMORY:
             return max(0, self.host.limit_bytes - self.host.used_bytes)
         number = int(pool.partition(":")[2] or 0)
-        known = self.host.cuda_bytes
+        known = self.host.cuda_free_bytes
         return known[number] if number < len(known) else None
 
     def _limit(self, pool: str, others_bytes: int) -> int:

@@ -17,7 +17,7 @@ class Host:
         name: of its node.
         limit_bytes: memory that it lends; used_bytes: what other instances take of that.
         cores: that ranks may use.
-        cuda_bytes: memory of each CUDA device.
+        cuda_bytes: memory of each CUDA device; cuda_used_bytes: what other instances take of it.
         has_mlx: MLX can be imported; has_metal: and has a GPU.
     """
 
@@ -26,8 +26,17 @@ class Host:
     used_bytes: int = 0
     cores: int = 1
     cuda_bytes: tuple[int, ...] = ()
+    cuda_used_bytes: tuple[int, ...] = ()
     has_mlx: bool = False
     has_metal: bool = False
+
+    @property
+    def cuda_free_bytes(self) -> tuple[int, ...]:
+        """What is left of each CUDA device."""
+        used = (*self.cuda_used_bytes, *(0 for _ in self.cuda_bytes))
+        return tuple(
+            max(0, size - taken) for size, taken in zip(self.cuda_bytes, used, strict=False)
+        )
 
 
 def host_of(name: str, machine: Machine, used_bytes: int) -> Host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from control.errors import NoPlacement
 from control.load_options import MeshShape
@@ -10,6 +11,9 @@ from control.placement_request import Request
 from models.errors import ModelError
 from models.footprint import Footprint, Kernels
 from models.sharding import RankShard
+
+if TYPE_CHECKING:
+    from control.planner import Plan
 
 MEMORY = "memory"  # what CPU ranks share; a CUDA device has its own
 
@@ -63,6 +67,7 @@ class Placement:
     Attributes:
         chosen: None where nothing fits; ``refusal`` is then the reason to tell.
         rejected: every other shape that was looked at.
+        plan: with estimates, where it was planned over several machines.
     """
 
     request: Request
@@ -70,3 +75,4 @@ class Placement:
     chosen: Candidate | None
     rejected: tuple[Candidate, ...]
     refusal: ModelError | NoPlacement | None = None
+    plan: Plan | None = None

@@ -53,6 +53,10 @@ def seats_of(
             roles = ", ".join(sorted(member.roles)) or "no role"
             fenced.append(Fenced(host.name, f"has no compute role ({roles})"))
             continue
+        if request.threads > host.cores:
+            why = f"lends {host.cores} cores, threads={request.threads} was asked for"
+            fenced.append(Fenced(host.name, why))
+            continue
         devices = _devices(request, host)
         if not devices:
             asked = request.device or request.engine
@@ -85,7 +89,7 @@ def _devices(request: Request, host: Host) -> list[tuple[str, str, int]]:
     wants_mlx = engine == "mlx" or asked.startswith("mlx")
     if wants_mlx or (host.has_metal and host.has_mlx and not (engine or asked)):
         return [("mlx:0", "mlx", room)] if host.has_mlx else []
-    cuda = [(f"cuda:{i}", f"cuda:{i}", size) for i, size in enumerate(host.cuda_bytes)]
+    cuda = [(f"cuda:{i}", f"cuda:{i}", size) for i, size in enumerate(host.cuda_free_bytes)]
     if asked.startswith("cuda"):
         return [one for one in cuda if ":" not in asked or one[0] == asked]
     if cuda and not asked:
