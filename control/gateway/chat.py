@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from control.backend import GenerateRequest, OpenModel
-from control.gateway import choices, prompts, sse
-from control.gateway.disconnect import until_disconnect
+from control.backend import OpenModel
+from control.gateway import choices, prompts, serve, sse
 from control.gateway.gateway import Gateway
-from control.gateway.generation_text import Delta, chat_logprobs, usage
-from control.gateway.json_response import Json
+from control.gateway.generation_text import Delta, chat_logprobs
+from control.gateway.openai_shape import OpenAiShape
 from control.gateway.openai_types import ChatRequest
+from control.gateway.prompts import Turn
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -25,122 +23,69 @@ def router(gateway: Gateway) -> APIRouter:
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        arrived_s = request.state.arrived_s
-        requests: list[GenerateRequest] = []
+        turns = [Turn(message.role, message.text) for message in body.messages]
 
-        async def prepare() -> OpenModel:
-            timeout_s = gateway.settings.open_timeout_s
-            opened = await gateway.backend.open_model(body.model, timeout_s=timeout_s)
-            ids = await prompts.chat_prompt(opened, body.messages)
-            requests.extend(
-                prompts.plan(
-                    gateway,
-                    opened,
-                    body,
-                    [ids],
-                    param="messages",
-                    max_tokens=body.max_completion_tokens or body.max_tokens,
-                    logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-                    request_id=request.state.request_id,
-                )
-            )
-            return opened
+        async def encode(opened: OpenModel) -> serve.Prompts:
+            return [await prompts.chat_prompt(opened, turns)]
 
-        opened = await until_disconnect(request.receive, prepare())
-        stops = tuple(body.stop or ())
-        pieces = choices.run(gateway, opened, requests, stops, arrived_s=arrived_s)
-        shape = _Shape(gateway, opened, body, requests)
-        if body.stream:
-            write_timeout_s = gateway.settings.write_timeout_s
-            return sse.EventStream(_frames(shape, pieces), write_timeout_s=write_timeout_s)
-        work = choices.collect(pieces, len(requests))
-        return Json(shape.whole(await until_disconnect(request.receive, work)))
+        opened, encoded = await serve.prepare(gateway, request, body.model, encode)
+        requests = prompts.plan(
+            gateway,
+            opened,
+            body.sampling,
+            encoded,
+            param="messages",
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            request_id=request.state.request_id,
+        )
+        asked = serve.Asked(opened, requests, tuple(body.stop or ()))
+        shape = ChatShape(gateway, opened, body, encoded)
+        stream = sse.EventStream if body.stream else None
+        return await serve.answer(gateway, request, asked, shape, stream=stream)
 
     return routes
 
 
-class _Shape:
-    """OpenAI's objects for one chat request."""
+class ChatShape(OpenAiShape):
+    """``chat.completion`` and its chunks."""
+
+    id_prefix, object_name = "chatcmpl", "chat.completion"
+    chunk_name = "chat.completion.chunk"
 
     def __init__(
-        self,
-        gateway: Gateway,
-        opened: OpenModel,
-        body: ChatRequest,
-        requests: Sequence[GenerateRequest],
+        self, gateway: Gateway, opened: OpenModel, body: ChatRequest, encoded: serve.Prompts
     ) -> None:
-        self._table = opened.tokenizer
+        super().__init__(gateway, opened, body, encoded)
         self._want_logprobs = body.logprobs
-        self.prompt_tokens = len(requests[0].prompt_ids)
-        self.num_choices = len(requests)
-        self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(gateway.settings.now_s()),
-            "model": opened.id,
-        }
 
-    def whole(self, answers: Sequence[choices.Answer]) -> dict[str, Any]:
-        """``chat.completion``."""
-        shown = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.delta.text, "refusal": None},
-                "logprobs": self._logprobs(answer.delta),
-                "finish_reason": answer.finish,
-            }
-            for index, answer in enumerate(answers)
-        ]
-        completion_tokens = sum(answer.completion_tokens for answer in answers)
+    def choice(self, index: int, answer: choices.Answer) -> dict[str, Any]:
         return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": shown,
-            "usage": usage(self.prompt_tokens, completion_tokens),
+            "index": index,
+            "message": {"role": "assistant", "content": answer.delta.text, "refusal": None},
+            "logprobs": self._logprobs(answer.delta),
+            "finish_reason": answer.finish,
         }
 
-    def chunk(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        finish: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> bytes:
-        """``chat.completion.chunk`` of one choice."""
-        shown = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return self._frame([shown], {"usage": None} if self.include_usage else {})
+    def opening(self, index: int) -> dict[str, Any]:
+        return _delta(index, {"role": "assistant", "content": ""})
 
-    def usage_chunk(self, completion_tokens: int) -> bytes:
-        """The last chunk, which has no choices."""
-        return self._frame([], {"usage": usage(self.prompt_tokens, completion_tokens)})
-
-    def text_chunk(self, index: int, delta: Delta) -> bytes:
-        """A chunk with the next text of one choice."""
-        return self.chunk(index, {"content": delta.text}, logprobs=self._logprobs(delta))
+    def chunks(self, piece: choices.Piece) -> Iterator[dict[str, Any]]:
+        if piece.delta.text or piece.delta.tokens:
+            text = {"content": piece.delta.text}
+            yield _delta(piece.choice, text, logprobs=self._logprobs(piece.delta))
+        if piece.finish is not None:
+            yield _delta(piece.choice, {}, finish=piece.finish)
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        return chat_logprobs(delta.tokens, self._table) if self._want_logprobs else None
-
-    def _frame(self, shown: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:
-        head = {**self._head, "object": "chat.completion.chunk"}
-        return sse.frame({**head, "choices": shown, **extra})
+        return chat_logprobs(delta.tokens, self.table) if self._want_logprobs else None
 
 
-async def _frames(
-    shape: _Shape, pieces: AsyncGenerator[choices.Piece, None]
-) -> AsyncGenerator[bytes, None]:
-    begun: set[int] = set()
-    tokens = [0] * shape.num_choices
-    async with aclosing(pieces):
-        async for piece in pieces:
-            tokens[piece.choice] = piece.completion_tokens
-            if piece.choice not in begun:
-                begun.add(piece.choice)
-                yield shape.chunk(piece.choice, {"role": "assistant", "content": ""})
-            if piece.delta.text or piece.delta.tokens:
-                yield shape.text_chunk(piece.choice, piece.delta)
-            if piece.finish is not None:
-                yield shape.chunk(piece.choice, {}, piece.finish)
-    if shape.include_usage:
-        yield shape.usage_chunk(sum(tokens))
-    yield sse.DONE
+def _delta(
+    index: int,
+    delta: dict[str, Any],
+    *,
+    logprobs: dict[str, Any] | None = None,
+    finish: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

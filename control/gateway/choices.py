@@ -17,12 +17,18 @@ QUEUE_SIZE = 64  # pieces read ahead of a slow client; beyond it, the generation
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next delta of one choice; ``finish`` is set on its last one."""
+    """The next delta of one choice; ``finish`` is set on its last one.
+
+    Attributes:
+        completion_tokens: of this choice so far.
+        stop_text: the stop string that ended it, if one did.
+    """
 
     choice: int
     delta: Delta
     finish: FinishReason | None = None
-    completion_tokens: int = 0  # of this choice so far
+    completion_tokens: int = 0
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Answer:
     delta: Delta
     finish: FinishReason
     completion_tokens: int
+    stop_text: str | None = None
 
 
 async def run(
@@ -93,6 +100,7 @@ async def collect(pieces: AsyncGenerator[Piece, None], num_choices: int) -> list
             Delta.join([piece.delta for piece in mine]),
             mine[-1].finish or "stop",
             mine[-1].completion_tokens,
+            mine[-1].stop_text,
         )
         for mine in found
     ]
@@ -120,14 +128,14 @@ async def _one(
             metrics.tokens.labels("completion").inc()
             delta = answer.push(event)
             if answer.stopped:
-                yield Piece(choice, delta, "stop", answer.num_tokens)
+                yield Piece(choice, delta, "stop", answer.num_tokens, answer.stop_text)
                 return
             if delta.text or delta.tokens:
                 yield Piece(choice, delta, None, answer.num_tokens)
         else:
             raise GenerationFailed("the generation ended without saying why; try again.")
         delta, reason = answer.finish(reason)
-        yield Piece(choice, delta, reason, answer.num_tokens)
+        yield Piece(choice, delta, reason, answer.num_tokens, answer.stop_text)
     finally:
         await _close(events, gateway.settings.close_timeout_s)
 

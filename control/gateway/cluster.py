@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from control.backend import ClusterControl, ClusterEvent, LoadOptions
 from control.gateway import sse
+from control.gateway.ask import Ask
 from control.gateway.errors import ApiError
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
-from control.gateway.openai_types import Ask
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Share = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]

@@ -118,13 +118,13 @@ class AnswerText:
     deltas joined are the same text however the answer is delivered.
 
     Attributes:
-        stopped: a stop string was completed; the generation can be closed.
+        stop_text: the stop string that was completed, if one was.
         num_tokens: tokens seen, those of a stop string included.
     """
 
     detokenizer: Detokenizer
     stops: tuple[str, ...] = ()
-    stopped: bool = False
+    stop_text: str | None = None
     num_tokens: int = 0
     _scanner: StopScanner = field(init=False)
     _held: str = ""  # decoded, but possibly the start of a stop string
@@ -133,6 +133,11 @@ class AnswerText:
 
     def __post_init__(self) -> None:
         self._scanner = StopScanner(self.stops)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was completed; the generation can be closed."""
+        return self.stop_text is not None
 
     def push(self, event: TokenEvent) -> Delta:
         """Add one token; events after a stop string add nothing."""
@@ -160,10 +165,10 @@ class AnswerText:
             keep = self._scanner.num_pending
             ready, self._held = whole[: len(whole) - keep], whole[len(whole) - keep :]
         else:
-            self.stopped = True
             end, length = found
             whole = self._held + text[:end]
-            ready, self._held = whole[: len(whole) - length], ""
+            ready, self.stop_text = whole[: len(whole) - length], whole[len(whole) - length :]
+            self._held = ""
         self._sent += len(ready)
         count = sum(1 for start, _ in self._waiting if start < self._sent)
         delta = self._release(ready, count)

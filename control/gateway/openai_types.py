@@ -1,119 +1,63 @@
-"""Request bodies of the OpenAI routes: every honoured field with its range, and nothing else.
+"""Bodies of OpenAI's chat and completions: every honoured field with its range, no other.
 
-A field that is not here is refused by name. ``null`` and an empty list ask for nothing,
-so they are taken for absent. The fields of ``Inert`` cannot change the answer.
+A field that is not here is refused by name. The fields of ``Inert`` cannot change the answer.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
+from pydantic import Field, model_validator
+
+from control.gateway.ask import (
+    INERT,
+    MANY_TOKENS,
+    Ask,
+    Many,
+    Metadata,
+    ModelName,
+    StopTexts,
+    Text,
+    at_most,
+    only,
+    refused,
 )
-from pydantic_core import PydanticCustomError
+from control.gateway.sampling import Sampling
 
-SEED_MODULUS = 2**64  # the engine's generator is keyed by 64 bits
 MAX_CHOICES = 128
-MAX_UNKNOWN = 32
 MAX_BIASES = 1024
-MAX_METADATA = 16  # OpenAI's own limit
-
-
-def refused(param: str, why: str) -> PydanticCustomError:
-    """The fault of one field that only the whole body shows."""
-    return PydanticCustomError("not_supported", "{why}", {"param": param, "why": why})
-
-
-def _only(*allowed: Any, why: str = "") -> BeforeValidator:
-    """Refuse, at the field itself, every value but these."""
-
-    def check(value: Any) -> Any:
-        if any(value == one and type(value) is type(one) for one in allowed):
-            return value
-        shown = " or ".join(repr(one) for one in allowed)
-        context = {"why": f"only {shown} is supported{why}"}
-        raise PydanticCustomError("not_supported", "{why}", context)
-
-    return BeforeValidator(check)
-
-
-def _at_most(count: int) -> BeforeValidator:
-    """Refuse a larger object before its entries are looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > count:
-            context = {"why": f"at most {count} entries are taken, this has {len(value)}"}
-            raise PydanticCustomError("too_many", "{why}", context)
-        return value
-
-    return BeforeValidator(check)
-
-
-class Ask(BaseModel):
-    """Base of every request object: strict types, no unknown field, null asks for nothing."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            unknown = [name for name in data if name not in cls.model_fields]
-            if len(unknown) > MAX_UNKNOWN:  # a million of them would be a million error objects
-                raise refused(str(unknown[0])[:64], f"{len(unknown)} fields are not honoured")
-            return {name: value for name, value in data.items() if value not in (None, [])}
-        return data
 
 
 class Inert(Ask):
     """Fields that clients send and that cannot change the answer: accepted, without effect."""
 
-    user: str | None = None
-    metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    store: Annotated[bool | None, _only(False)] = None
-    service_tier: Annotated[str | None, _only("auto", "default")] = None
+    user: str | None = Field(None, description=INERT)
+    metadata: Metadata | None = Field(None, description=INERT)
+    safety_identifier: str | None = Field(None, description=INERT)
+    prompt_cache_key: str | None = Field(None, description=INERT)
+    prompt_cache_retention: Annotated[str | None, only("in_memory", "24h")] = Field(
+        None, description=INERT
+    )
+    store: Annotated[bool | None, only(False)] = Field(None, description=INERT)
+    service_tier: Annotated[str | None, only("auto", "default")] = Field(None, description=INERT)
 
 
 class StreamOptions(Ask):
     include_usage: bool = False
-    include_obfuscation: Annotated[bool | None, _only(False)] = None
+    include_obfuscation: Annotated[bool | None, only(False)] = Field(None, description=INERT)
 
 
-def _encodable(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("not_text", "holds half a surrogate pair") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-StopText = Annotated[Text, Field(min_length=1, max_length=1024)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-def _stop_form(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class Generation(Inert):
     """What chat and text completions have in common."""
 
-    model: str = Field(min_length=1, max_length=1024)
+    model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=MANY_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 keeps every token")
@@ -121,10 +65,8 @@ class Generation(Inert):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: Annotated[list[StopText], BeforeValidator(_stop_form), Field(max_length=4)] | None = (
-        Field(None, description="a string, or a list of up to 4")
-    )
-    logit_bias: Annotated[dict[str, Bias] | None, _at_most(MAX_BIASES)] = Field(
+    stop: StopTexts | None = Field(None, description="a string, or a list of up to 4")
+    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_BIASES)] = Field(
         None, description="token id to bias"
     )
 
@@ -134,10 +76,30 @@ class Generation(Inert):
             raise refused("stream_options", "only allowed when stream is true")
         return self
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are drawn."""
+        return Sampling(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+        )
+
 
 class TextPart(Ask):
     type: Annotated[
-        Literal["text"], _only("text", why="; images, audio and files are never fetched or read")
+        Literal["text"], only("text", why="; images, audio and files are never fetched or read")
     ]
     text: Text
 
@@ -147,9 +109,9 @@ class Message(Ask):
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
-        _only("system", "developer", "user", "assistant"),
+        only("system", "developer", "user", "assistant"),
     ]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Text | Many[TextPart]
 
     @property
     def text(self) -> str:
@@ -162,14 +124,14 @@ class Message(Ask):
 class ChatRequest(Generation):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    messages: Many[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MANY_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tool_choice: Annotated[str | None, _only("none")] = None
-    parallel_tool_calls: bool | None = Field(None, description="without tools it asks for nothing")
-    response_format: Annotated[dict[str, str] | None, _only({"type": "text"})] = None
-    modalities: Annotated[list[str] | None, _only(["text"])] = None
+    tool_choice: Annotated[str | None, only("none")] = Field(None, description=INERT)
+    parallel_tool_calls: bool | None = Field(None, description=f"{INERT} without tools")
+    response_format: Annotated[dict[str, str] | None, only({"type": "text"})] = None
+    modalities: Annotated[list[str] | None, only(["text"])] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
@@ -182,8 +144,6 @@ class ChatRequest(Generation):
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Item = TypeVar("Item")
-Many = Annotated[list[Item], Field(fail_fast=True)]  # one fault is enough to know of a long list
 
 
 class CompletionRequest(Generation):

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from control.backend import GenerateRequest, OpenModel
 from control.gateway.errors import ApiError, context_exceeded
 from control.gateway.gateway import Gateway
-from control.gateway.openai_types import SEED_MODULUS, Generation, Message
+from control.gateway.sampling import SEED_MODULUS, Sampling
 from models.chat import render
 from models.errors import TemplateError
 
 LONGEST_TOKEN_CHARS = 512  # the longest in known vocabularies are runs of 128 spaces
 
 
-async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[int, ...]:
+class Turn(NamedTuple):
+    """One turn of a conversation; ``developer`` is the newer name of the role ``system``."""
+
+    role: str
+    text: str
+
+
+async def chat_prompt(
+    opened: OpenModel, turns: Sequence[Turn], *, param: str = "messages", go_on: bool = False
+) -> tuple[int, ...]:
     """Token ids of a conversation, rendered with the model's own template.
+
+    Args:
+        param: the field that holds the conversation, for errors.
+        go_on: an assistant's turn at the end is the beginning of the answer.
 
     Raises:
         ApiError: 400 where the model has no template, or the template refuses the messages.
@@ -30,23 +44,26 @@ async def chat_prompt(opened: OpenModel, messages: Sequence[Message]) -> tuple[i
             param="model",
             code="no_chat_template",
         )
-    turns = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
-        for turn in messages
+    _check_could_fit(sum(len(turn.text) for turn in turns), opened, param=param)
+    begun = ""
+    if go_on and turns[-1].role == "assistant":
+        *turns, (_, begun) = turns
+    messages = [
+        {"role": "system" if role == "developer" else role, "content": text} for role, text in turns
     ]
 
     def encode() -> list[int]:
         tokenizer = opened.tokenizer
-        text = render(template, turns, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-        return tokenizer.encode(text)
+        text = render(
+            template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        return tokenizer.encode(text + begun)
 
-    num_chars = sum(len(turn["content"]) for turn in turns)
-    _check_could_fit(num_chars, opened, param="messages")
     try:
         return tuple(await asyncio.to_thread(encode))
     except TemplateError as exc:
         text = f"the chat template of {opened.id!r} refuses these messages: {exc}"
-        raise ApiError(400, text, param="messages", code="template_error") from exc
+        raise ApiError(400, text, param=param, code="template_error") from exc
 
 
 async def text_prompts(
@@ -97,7 +114,7 @@ def _check_could_fit(num_chars: int, opened: OpenModel, *, param: str) -> None:
 def plan(
     gateway: Gateway,
     opened: OpenModel,
-    body: Generation,
+    sampling: Sampling,
     prompts: Sequence[tuple[int, ...]],
     *,
     param: str,
@@ -117,35 +134,35 @@ def plan(
             raise ApiError(400, f"{param}: the prompt is empty.", param=param, code="invalid_value")
         if len(ids) >= opened.context_tokens:
             raise context_exceeded(len(ids), opened.context_tokens, param=param)
-    bias = _bias(opened, body)
-    seed = gateway.settings.random_bits(63) if body.seed is None else body.seed
-    several = len(prompts) * body.n > 1
+    bias = _bias(opened, sampling)
+    seed = gateway.settings.random_bits(63) if sampling.seed is None else sampling.seed
+    several = len(prompts) * sampling.n > 1
     gateway.metrics.tokens.labels("prompt").inc(sum(len(ids) for ids in prompts))
     return [
         GenerateRequest(
             model=opened.id,
             prompt_ids=ids,
             max_tokens=min(max_tokens or opened.context_tokens, opened.context_tokens - len(ids)),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            min_p=body.min_p,
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
             logit_bias=bias,
             seed=(seed + choice) % SEED_MODULUS,
             logprobs=logprobs,
             stop_ids=frozenset(opened.tokenizer.eos_ids),
-            request_id=f"{request_id}.{number * body.n + choice}" if several else request_id,
+            request_id=f"{request_id}.{number * sampling.n + choice}" if several else request_id,
         )
         for number, ids in enumerate(prompts)
-        for choice in range(body.n)
+        for choice in range(sampling.n)
     ]
 
 
-def _bias(opened: OpenModel, body: Generation) -> dict[int, float]:
+def _bias(opened: OpenModel, sampling: Sampling) -> dict[int, float]:
     bias = {}
-    for name, value in (body.logit_bias or {}).items():
+    for name, value in (sampling.logit_bias).items():
         known = name.isascii() and name.isdecimal() and len(name) < 10
         if not known or int(name) >= opened.tokenizer.vocab_size:
             raise ApiError(
