@@ -252,8 +252,10 @@ class Appraiser:
         )
 
     def _flight(self, num_stages: int) -> int:
-        """Steps that are under way at once."""
-        return min(self.policy.in_flight, num_stages) if self.goal is Goal.THROUGHPUT else 1
+        """Steps that are under way at once: no two of them have rows of the same slot."""
+        if self.goal is not Goal.THROUGHPUT:
+            return 1
+        return min(self.policy.in_flight, num_stages, self.cuts.num_slots)
 
     def _steps(self, flight: int) -> list[tuple[int, int, int]]:
         """``(positions, how many, of these with logits)``; slots are dealt over those in flight."""

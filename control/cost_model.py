@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from control.load_options import MAX_RANKS
 from control.topology import Kind, Link, Topology
 from models.footprint import MAX_POSITIONS, Kernels
 from models.layout import layer_tensors
@@ -108,8 +109,8 @@ class Policy:
             counts against them.
         restart_s: what moving a running instance costs its streams.
         outside_bytes_per_s: at which files come where no peer has them.
-        in_flight: steps that stages work on at once: 1 while the head waits for a step's tokens
-            before it orders the next.
+        in_flight: steps that stages work on at once, where there are as many stages and slots:
+            ``compute.engine.StageEngine.depth`` is the number of stages.
     """
 
     prompt_tokens: int = 512
@@ -117,7 +118,7 @@ class Policy:
     requests: int = 1000
     restart_s: float = 10.0
     outside_bytes_per_s: float = 1e7
-    in_flight: int = 1
+    in_flight: int = MAX_RANKS
 
     def steps(self, goal: Goal, num_slots: int) -> tuple[tuple[int, int], ...]:
         """Steps of a typical request, or of one a slot, as ``(positions, how many)``."""

@@ -35,6 +35,7 @@ from control.books import Books, Record
 from control.desired import Desired, DesiredFile, Wanted
 from control.errors import ControlError, NotReady
 from control.finder import Finder
+from control.fleet import Fleet
 from control.instance_spec import InstanceSpec
 from control.instances import Instances, Terms
 from control.load_options import LoadOptions
@@ -194,7 +195,7 @@ class Scheduler(GenServer):
             card=resolved.card,
             options=options,
             defaults=self._terms.defaults,
-            host=self._instances.host(),
+            fleet=Fleet.of_host(self._instances.host()),
         )
         work = partial(dry_run.answer, question=question, from_=from_)
         self.me.spawn(work, link=True, label=f"place {resolved.id}")
