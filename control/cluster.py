@@ -67,7 +67,7 @@ class Cluster(GenServer):
             case "nodes":
                 return self._forward(from_, "membership", Atom("nodes"))
             case "topology":
-                return self._spawn(from_, api.topology)
+                return self._spawn(from_, api.topology_term)
             case "models":
                 return self._spawn(from_, api.catalogue)
             case "tree":

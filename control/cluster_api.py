@@ -180,8 +180,14 @@ class ClusterApi:
         return known
 
     async def topology(self) -> list[dict[str, Any]]:
-        """Links between machines; one machine has none."""
-        return []
+        """Measured links between machines, as JSON data."""
+        found: list[dict[str, Any]] = to_json(await self.topology_term())
+        return found
+
+    async def topology_term(self) -> list[Term]:
+        """As ``Topology.to_term``: a map a link; a machine without any has ``from`` alone."""
+        found: list[Term] = await self._ask("link_probe", Atom("topology"))
+        return found
 
     async def tree(self) -> dict[str, Any]:
         """The live supervision tree with restart counts."""

@@ -1,8 +1,14 @@
 """The registered process ``link_probe``: how far and how wide the links of this machine are.
 
+=========================  ================================================================
+call ``links``             what this machine measured: a list of maps as in ``control.topology``
+call ``topology``          the same of all machines that are up, some seconds old at most
+call ``{open, Token,       ``{ok, TcpPort}``: listens at ``Host`` for one exchange of another
+Host}``                    machine, or ``{error, busy}``, ``{error, Text}``
+=========================  ================================================================
+
 One peer at a time, the one that was measured longest ago; a machine that is busy measures only
-peers that nobody has measured yet. What it finds is kept here, told to whoever asked for it, and
-answered to the call ``links``, as a list of maps like those of ``control.topology``.
+peers that nobody has measured yet. Who is up, and where, ``membership`` says.
 """
 
 from __future__ import annotations
@@ -12,13 +18,14 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from bridge import gen_server
-from bridge.gen_server import GenServer
+from bridge.gen_server import NOREPLY, GenServer
 from bridge.node import Node
 from bridge.process import Process
 from bridge.term import Atom, Term
+from bridge.text import text_of
 from control.link_exchange import (
     TOKEN_BYTES,
     ExchangeFailed,
@@ -27,20 +34,28 @@ from control.link_exchange import (
     listen,
     measure,
 )
-from control.topology import Kind, Link
+from control.meeting import link_kind, meet, reaches_from
+from control.topology import Link, Topology
 
 log = logging.getLogger("control.link_probe")
 
-NAME = "link_probe"
-_TICK = Atom("tick")
-_MEASURED = Atom("measured")
+NAME: Final = "link_probe"
+ASK_S: Final = 2.0  # that one machine may take to tell its links
+FRESH_S: Final = 5.0  # how long the answers of all machines are kept
+_TICK: Final = Atom("tick")
+_MEASURED: Final = Atom("measured")
+_MEMBERSHIP: Final = Atom("membership")
+
+
+class PeerBusy(ExchangeFailed):
+    """The peer is just being measured by somebody else."""
 
 
 class Transport(Protocol):
     """How a peer is measured."""
 
-    async def measure(self, peer: str) -> tuple[float, float]:
-        """Latency one way in seconds, and bytes a second. Raises ExchangeFailed."""
+    async def measure(self, me: Process, peer: str) -> Link:
+        """The link there. Raises ExchangeFailed, PeerBusy."""
         ...
 
 
@@ -49,13 +64,16 @@ class Pace:
     """How often.
 
     Attributes:
-        every_s: between two exchanges of this machine.
+        every_s: between two exchanges of this machine; new_s: where there is a new peer.
         again_s: before a peer is measured anew; after a failure a quarter of it.
-        spread: part of ``every_s`` by which it varies, so that machines do not go in step.
+        busy_s: before one is asked again that was busy.
+        spread: part of the wait by which it varies, so that machines do not go in step.
     """
 
     every_s: float = 2.0
+    new_s: float = 0.5
     again_s: float = 300.0
+    busy_s: float = 1.0
     spread: float = 0.5
 
 
@@ -64,32 +82,33 @@ class Book:
     """What is known of each peer; pure.
 
     Attributes:
-        tried_s: when each was last measured or failed.
+        due_s: when each is to be measured that was tried before.
         links: what was found.
     """
 
-    tried_s: dict[str, float] = field(default_factory=dict)
+    due_s: dict[str, float] = field(default_factory=dict)
     links: dict[str, Link] = field(default_factory=dict)
 
-    def next_peer(
-        self, peers: Sequence[str], now_s: float, again_s: float, *, busy: bool
-    ) -> str | None:
-        """Whom to measure: never tried first, then longest ago; None while nobody is due.
-
-        Peers that are gone are forgotten.
-        """
-        for gone in set(self.tried_s) - set(peers):
-            del self.tried_s[gone]
+    def keep(self, peers: Sequence[str]) -> None:
+        """Forget those that are gone."""
+        for gone in set(self.due_s) - set(peers):
+            del self.due_s[gone]
             self.links.pop(gone, None)
-        new = sorted(peer for peer in peers if peer not in self.tried_s)
+
+    def next_peer(self, peers: Sequence[str], now_s: float, *, busy: bool) -> str | None:
+        """Whom to measure: never tried first, then who is due longest; None while nobody is.
+
+        Where this machine is ``busy``, only such whose link is not known.
+        """
+        new = sorted(peer for peer in peers if peer not in self.due_s)
         if new:
             return new[0]
         due = [
-            (tried_s, peer)
-            for peer, tried_s in self.tried_s.items()
-            if now_s - tried_s >= (again_s if peer in self.links else again_s / 4)
+            (due_s, peer)
+            for peer, due_s in self.due_s.items()
+            if now_s >= due_s and not (busy and peer in self.links)
         ]
-        return min(due)[1] if due and not busy else None
+        return min(due)[1] if due else None
 
 
 class LinkProbe(GenServer):
@@ -97,10 +116,7 @@ class LinkProbe(GenServer):
 
     Args:
         transport: measures a peer.
-        host: address of this machine that peers reach, for their exchanges.
-        peers: names of the nodes that are up.
-        kind_of: what the link to a peer is made of.
-        found: is told of every measurement.
+        hosts: addresses of this machine at which exchanges may be answered.
         busy: whether this machine has something better to do.
         now_s, random: a clock, and a number from 0 to 1.
     """
@@ -108,11 +124,8 @@ class LinkProbe(GenServer):
     def __init__(
         self,
         transport: Transport,
-        host: str,
         *,
-        peers: Callable[[], Sequence[str]],
-        kind_of: Callable[[str], Kind],
-        found: Callable[[str, Link], None],
+        hosts: Callable[[], Sequence[str]],
         busy: Callable[[], bool],
         now_s: Callable[[], float],
         random: Callable[[], float],
@@ -120,26 +133,32 @@ class LinkProbe(GenServer):
         limits: Limits | None = None,
     ) -> None:
         super().__init__()
-        self._transport, self._host = transport, host
-        self._peers, self._kind_of, self._found, self._busy = peers, kind_of, found, busy
+        self._transport, self._hosts, self._busy = transport, hosts, busy
         self._now_s, self._random = now_s, random
         self._pace, self._limits = pace or Pace(), limits or Limits()
+        self._peers: set[str] = set()
         self._measuring = ""
         self._answering = False
+        self._gathered: tuple[float, list[Term]] | None = None
+        self._waiting: list[Term] = []  # From of who asked for the topology
         self.book = Book()
 
     def format_state(self) -> Term:
         return {Atom("links"): self._links(), Atom("measuring"): self._measuring}
 
     async def init(self, me: Process) -> None:
+        _, nodes = await gen_server.call(me, _MEMBERSHIP, (Atom("subscribe"), me.pid))
+        self._peers = {str(node) for node in nodes}
         self._arm(me)
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
             case "links":
                 return self._links()
-            case ("open", bytes(token)) if len(token) == TOKEN_BYTES:
-                return await self._open(token)
+            case "topology":
+                return self._topology(from_)
+            case ("open", bytes(token), host) if len(token) == TOKEN_BYTES:
+                return await self._open(token, text_of(host))
             case _:
                 return await super().handle_call(request, from_)
 
@@ -149,51 +168,63 @@ class LinkProbe(GenServer):
                 self._arm(self.me)
                 if not self._measuring:
                     self._begin()
-            case ("measured", str(peer), float(latency_s), float(bytes_per_s)):
+            case ("measured", str(peer), Link() as link):
                 self._measuring = ""
-                link = Link(self._kind_of(peer), latency_s, bytes_per_s)
-                self.book.links[peer] = link
-                self._found(peer, link)
-            case ("measured", str(peer), str(why)):
+                if peer in self._peers:
+                    self.book.due_s[peer] = self._now_s() + self._pace.again_s
+                    self.book.links[peer] = link
+            case ("measured", str(peer), float(wait_s), str(why)):
                 self._measuring = ""
+                if peer in self._peers:
+                    self.book.due_s[peer] = self._now_s() + wait_s
                 log.info("cannot measure the link to %s: %s", peer, why)
+            case ("node_up", str(node)):
+                self._peers.add(str(node))
+            case ("node_down", str(node)):
+                self._peers.discard(str(node))
+                self.book.keep(list(self._peers))
+            case ("gathered", list(links)):
+                self._tell_all(links)
             case "answered":
                 self._answering = False
             case _:
                 await super().handle_info(message)
 
-    # -- inside ----------------------------------------------------------------------------
+    # -- measuring -------------------------------------------------------------------------
 
     def _arm(self, me: Process) -> None:
         pace = self._pace
-        after_s = pace.every_s * (1 + pace.spread * (self._random() - 0.5))
+        wait_s = pace.new_s if self._peers - set(self.book.due_s) else pace.every_s
+        after_s = wait_s * (1 + pace.spread * (self._random() - 0.5))
         me.send_after(after_s, me.pid, _TICK)
 
     def _begin(self) -> None:
-        now_s = self._now_s()
-        peer = self.book.next_peer(self._peers(), now_s, self._pace.again_s, busy=self._busy())
+        peer = self.book.next_peer(list(self._peers), self._now_s(), busy=self._busy())
         if peer is None:
             return
-        self.book.tried_s[peer] = now_s
         self._measuring = peer
-        server = self.me.pid
+        server, pace = self.me.pid, self._pace
 
         async def run(me: Process) -> None:
             try:
-                latency_s, bytes_per_s = await self._transport.measure(peer)
+                link = await self._transport.measure(me, peer)
+            except PeerBusy as exc:
+                me.send(server, (_MEASURED, peer, pace.busy_s, str(exc)))
             except ExchangeFailed as exc:
-                me.send(server, (_MEASURED, peer, str(exc)))
+                me.send(server, (_MEASURED, peer, pace.again_s / 4, str(exc)))
             else:
-                me.send(server, (_MEASURED, peer, latency_s, bytes_per_s))
+                me.send(server, (_MEASURED, peer, link))
 
         self.me.spawn(run, link=True, label=f"measures {peer}")
 
-    async def _open(self, token: bytes) -> Term:
+    async def _open(self, token: bytes, host: str) -> Term:
         """Listen for one exchange; another at the same time would spoil both."""
         if self._answering:
             return (Atom("error"), Atom("busy"))
+        if host not in self._hosts():
+            return (Atom("error"), f"{host} is no address that this node listens on")
         try:
-            listener = listen(self._host)
+            listener = listen(host)
         except OSError as exc:
             return (Atom("error"), str(exc))
         self._answering, server = True, self.me.pid
@@ -210,46 +241,96 @@ class LinkProbe(GenServer):
         self.me.spawn(run, link=True, label="answers an exchange")
         return (Atom("ok"), tcp_port)
 
+    # -- answers ---------------------------------------------------------------------------
+
     def _links(self) -> list[Term]:
-        return [
-            {
-                Atom("from"): self.me.node.name,
-                Atom("to"): Atom(peer),
-                Atom("kind"): Atom(link.kind.value),
-                Atom("latency_s"): link.latency_s,
-                Atom("bytes_per_s"): link.bytes_per_s,
-            }
-            for peer, link in sorted(self.book.links.items())
-        ]
+        topology = Topology()
+        own = str(self.me.node.name)
+        topology.add_node(own)
+        for peer, link in self.book.links.items():
+            topology.set_link(own, peer, link)
+        return topology.to_term()
+
+    def _topology(self, from_: Term) -> Term:
+        if self._gathered is not None and self._now_s() - self._gathered[0] < FRESH_S:
+            return self._gathered[1]
+        self._waiting.append(from_)
+        if len(self._waiting) == 1:
+            peers, server, own = sorted(self._peers), self.me.pid, self._links()
+
+            async def run(me: Process) -> None:
+                links = await _gather(me.node, peers, own)
+                me.send(server, (Atom("gathered"), links))
+
+            self.me.spawn(run, link=True, label="asks for links")
+        return NOREPLY
+
+    def _tell_all(self, links: list[Term]) -> None:
+        self._gathered = self._now_s(), links
+        waiting, self._waiting = self._waiting, []
+        for from_ in waiting:
+            gen_server.reply(self.me, from_, links)
+
+
+async def _gather(node: Node, peers: Sequence[str], own: list[Term]) -> list[Term]:
+    """The links of all machines; of one that does not answer only those that lead there."""
+
+    async def ask(peer: str) -> list[Term]:
+        try:
+            found = await gen_server.node_call(
+                node, (Atom(NAME), Atom(peer)), Atom("links"), timeout_s=ASK_S
+            )
+            Topology.from_term(found)
+        except (gen_server.CallError, ValueError) as exc:
+            log.info("%s does not tell its links: %s", peer, exc)
+            return [{Atom("from"): Atom(peer)}]
+        return list(found)
+
+    whole = Topology.from_term(own)
+    for found in await asyncio.gather(*(ask(peer) for peer in peers)):
+        part = Topology.from_term(found)
+        for name in part.nodes:
+            whole.add_node(name)
+        for source, target, link in part.links():
+            whole.set_link(source, target, link)
+    return whole.to_term()
 
 
 class TcpTransport:
     """An exchange with the ``link_probe`` of a peer, which is asked for a port first.
 
-    Args:
-        node: this one, connected with its peers.
-        address_of: where a peer's machine is reached.
+    Both meet where ranks on them would (``control.meeting``).
     """
 
-    def __init__(
-        self, node: Node, address_of: Callable[[str], str], limits: Limits | None = None
-    ) -> None:
-        self._node, self._address_of, self._limits = node, address_of, limits or Limits()
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
 
-    async def measure(self, peer: str) -> tuple[float, float]:
+    async def measure(self, me: Process, peer: str) -> Link:
         """See ``Transport``."""
-        token = secrets.token_bytes(TOKEN_BYTES)
-        dest = (NAME, peer)
-        request: Any = (Atom("open"), token)
+        own = str(me.node.name)
         try:
-            reply = await gen_server.node_call(
-                self._node, dest, request, timeout_s=self._limits.timeout_s
+            rows = await gen_server.call(me, _MEMBERSHIP, Atom("nodes"), timeout_s=ASK_S)
+            reaches = {
+                str(row["name"]): reaches_from(row["addresses"])
+                for row in rows
+                if row["name"] in (own, peer)
+            }
+            met = meet({own: reaches[own], peer: reaches[peer]})
+        except (gen_server.CallError, KeyError, TypeError, ValueError) as exc:
+            raise ExchangeFailed(f"no address of {peer} is known: {exc!r}") from None
+        token, host = secrets.token_bytes(TOKEN_BYTES), met[peer].host
+        request: Any = (Atom("open"), token, host)
+        try:
+            reply = await gen_server.call(
+                me, (Atom(NAME), Atom(peer)), request, timeout_s=self._limits.timeout_s
             )
         except gen_server.CallError as exc:
             raise ExchangeFailed(f"{peer} does not answer: {type(exc).__name__}") from None
         match reply:
             case ("ok", int(tcp_port)):
-                address = (self._address_of(peer), tcp_port)
-                return await asyncio.to_thread(measure, address, token, self._limits)
+                figures = await asyncio.to_thread(measure, (host, tcp_port), token, self._limits)
+                return Link(link_kind(met[own], met[peer]), *figures)
+            case ("error", "busy"):
+                raise PeerBusy(f"{peer} is being measured by another machine")
             case _:
                 raise ExchangeFailed(f"{peer} does not listen: {str(reply)[:80]}")

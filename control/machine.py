@@ -117,6 +117,11 @@ def read_machine(limits: Limits) -> Machine:
     )
 
 
+def is_busy() -> bool:
+    """Whether every core had something to do for the last minute."""
+    return psutil.getloadavg()[0] >= _cores()
+
+
 def _cores() -> int:
     """Cores this process may run on."""
     try:

@@ -72,6 +72,8 @@ _NOTHING: Final[dict[Any, Term]] = {
     Atom("devices"): [],
     Atom("os_pid"): 0,
     Atom("version"): "",
+    Atom("addresses"): [],
+    Atom("speeds"): [],
 }
 
 

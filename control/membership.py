@@ -4,6 +4,7 @@
 call ``nodes``                     list of maps as in CONTRACT section 3; machines that are down
                                    stay in it for a while; ``why`` says what happened to them
 call ``up``                        names of the other nodes that are up
+call ``{tell, Map}``               ``ok``: keys that others get to know with this machine's facts
 call ``{subscribe, Pid}``          ``{ok, Nodes}``: who is up now; then ``{node_up, Node}`` and
                                    ``{node_down, Node}`` until the subscriber ends
 ``{hello | beat | ask | known |    from the ``membership`` of another node; each begins with the
@@ -38,6 +39,7 @@ from control.discovery.candidates import Address, Identity
 from control.events import publish_here
 from control.hello import Hello, addresses_of, addresses_term, hello_of, hello_term, judge
 from control.machine import Machine, differs
+from control.meeting import Reach, reaches_term
 from control.members import LEFT, Member, remarks, row, thread_targets
 
 _log: Final = logging.getLogger("control.membership")
@@ -55,6 +57,7 @@ class Membership(GenServer):
         roles: what this machine may do: compute, coordinator, storage.
         identity: this node, its cluster, version and secret.
         addresses: where its distribution listens, once it does.
+        reaches: what others are told of these addresses.
         limits: of beats and silence.
     """
 
@@ -65,11 +68,15 @@ class Membership(GenServer):
         *,
         identity: Identity,
         addresses: Callable[[], tuple[Address, ...]] = tuple,
+        reaches: Callable[[], tuple[Reach, ...]] = tuple,
         limits: rule.Limits = _LIMITS,
     ) -> None:
         super().__init__()
         self._read, self.roles, self._identity = read, roles, identity
-        self._addresses, self._limits = addresses, limits
+        self._addresses, self._reaches, self._limits = addresses, reaches, limits
+        self._more: dict[Any, Term] = {}  # facts that other servers of this node found out
+        self._has_news = False
+        self._reached: list[Term] = []
         self._members: dict[str, Member] = {}
         self._connected: set[str] = set()  # visible nodes, of ours or not
         self._subscribers: dict[Ref, Pid] = {}
@@ -104,6 +111,10 @@ class Membership(GenServer):
                 return self._rows()
             case "up":
                 return [Atom(node) for node in self._up()]
+            case ("tell", dict(more)):
+                self._more |= more
+                self._has_news = True  # goes with the next beat
+                return Atom("ok")
             case ("subscribe", Pid() as pid):
                 self._subscribers[self.me.monitor(pid)] = pid
                 return (Atom("ok"), [Atom(node) for node in self._up()])
@@ -164,8 +175,8 @@ class Membership(GenServer):
         if not up:
             return
         machine, facts = self._read(), None
-        if differs(self._told, machine):
-            self._told = machine
+        if self._has_news or differs(self._told, machine):
+            self._told, self._has_news = machine, False
             self._facts_version += 1
             facts = self._facts()
         beat = rule.Beat(self._incarnation, self._facts_version, facts)
@@ -365,11 +376,16 @@ class Membership(GenServer):
 
     def _facts(self) -> dict[Any, Term]:
         """This machine, as it was last told to others."""
+        if not self._reached:
+            self._reached = reaches_term(self._reaches())
         return {
             Atom("roles"): [Atom(r) for r in self.roles],
             **self._told.to_term(),
             Atom("os_pid"): os.getpid(),
             Atom("version"): self._identity.version,
+            Atom("addresses"): self._reached,
+            Atom("speeds"): [],
+            **self._more,
         }
 
     def _rows(self) -> list[Term]:

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from control.topology import Topology, draw
+
 Record = Mapping[str, Any]
 
 STATE_STYLE: Final = {
@@ -214,8 +216,8 @@ def nodes(data: Sequence[Record]) -> RenderableType:
 
 
 def topology(data: Sequence[Record]) -> RenderableType:
-    """``ctl topology``."""
-    return records("Links", data)
+    """``ctl topology``: under each machine its measured links."""
+    return Text(printable(draw(Topology.from_term(list(data)))))
 
 
 def models(data: Sequence[Record]) -> RenderableType:

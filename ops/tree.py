@@ -7,7 +7,8 @@ heart                     OS parent (ops/heart.py): restarts the control process
    │  ├─ membership       machines, which are up, their memory and devices
    │  ├─ election         who leads, since which epoch
    │  ├─ scheduler        which instances should run, which do
-   │  └─ discovery        sees other machines and connects to them
+   │  ├─ discovery        sees other machines and connects to them
+   │  └─ link_probe       measures the links to them
    ├─ model_store         files of models
    ├─ ports               OS children: spares, leases, kills
    ├─ instance_sup        one_for_one, dynamic
@@ -18,6 +19,8 @@ heart                     OS parent (ops/heart.py): restarts the control process
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +42,10 @@ from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
 from control.instances import Terms
+from control.link_probe import LinkProbe, TcpTransport
 from control.lookup import Lookup, Resolved
-from control.machine import Limits, read_machine
+from control.machine import Limits, is_busy, read_machine
+from control.meeting import Reach, reaches_of
 from control.membership import Membership
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
@@ -118,6 +123,7 @@ def cluster_sup(p: Parts) -> SupSpec:
                     p.roles,
                     identity=p.identity,
                     addresses=p.addresses,
+                    reaches=partial(_reaches, p),
                 ),
             ),
             _server(
@@ -131,8 +137,9 @@ def cluster_sup(p: Parts) -> SupSpec:
                 ),
             ),
             _server("scheduler", partial(_scheduler, p)),
-            # Last, so that its faults restart nothing else.
+            # Last, so that their faults restart nothing that others rely on.
             _server("discovery", lambda: Discovery(p.strategies(), interfaces=read_interfaces)),
+            _server("link_probe", partial(_link_probe, p)),
         ),
     )
 
@@ -147,6 +154,20 @@ def surface_sup(p: Parts) -> SupSpec:
             _server("cluster", partial(Cluster, p.api, stop=p.stop)),
             _server("gateway", partial(_gateway, p)),
         ),
+    )
+
+
+def _reaches(p: Parts) -> tuple[Reach, ...]:
+    return reaches_of([address.host for address in p.addresses()], read_interfaces())
+
+
+def _link_probe(p: Parts) -> LinkProbe:
+    return LinkProbe(
+        TcpTransport(),
+        hosts=lambda: [address.host for address in p.addresses()],
+        busy=is_busy,
+        now_s=time.monotonic,
+        random=random.random,
     )
 
 

@@ -19,6 +19,7 @@ from control.discovery.static_strategy import StaticStrategy
 from control.discovery.strategy import Strategy
 from control.events import Events
 from control.machine import Device, Machine
+from control.meeting import reaches_of
 from control.membership import Membership
 from control.membership_rule import Limits
 
@@ -103,6 +104,7 @@ async def cluster_node(
                 ("compute",),
                 identity=identity,
                 addresses=made.addresses,
+                reaches=lambda: reaches_of(["127.0.0.1"], []),
                 limits=limits,
             )
             made.membership = await gen_server.start(node, server, name="membership")

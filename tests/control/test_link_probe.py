@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import gen_server
-from bridge.node import Node
 from bridge.term import Atom
 from control.link_exchange import (
     TOKEN_BYTES,
@@ -26,11 +25,12 @@ from control.link_exchange import (
 )
 from control.link_probe import NAME, Book, LinkProbe, Pace, TcpTransport
 from control.topology import Kind, Link
+from tests.control.cluster_node import ClusterNode, cluster_node, connect
 from tests.waiting import wait_until_async
 
 TOKEN = bytes(range(TOKEN_BYTES))
 QUICK = Limits(num_small=5, most_bytes=1 << 18, timeout_s=2.0)
-HERE, THERE = "here@127.0.0.1", "there@127.0.0.1"
+HOST = "127.0.0.1"
 LINK = Link(Kind.ETHERNET, 1e-3, 1e8)
 
 
@@ -104,81 +104,100 @@ def test_figures_are_those_of_the_link_where_half_of_the_messages_are_late(
     assert found == pytest.approx(rate, rel=1e-2) or found < rate  # below what can be told
 
 
-def test_new_peers_come_first_then_those_measured_longest_ago() -> None:
+def test_new_peers_come_first_then_those_that_are_due_longest() -> None:
     book, peers = Book(), ["c", "a", "b"]
     seen = []
     for now_s in range(3):
-        peer = book.next_peer(peers, float(now_s), 100.0, busy=now_s == 1)
+        peer = book.next_peer(peers, float(now_s), busy=now_s == 1)
         assert peer is not None
         seen.append(peer)
-        book.tried_s[peer] = float(now_s)
+        book.due_s[peer] = now_s + 100.0
     assert seen == ["a", "b", "c"]
     book.links = {"a": LINK, "b": LINK}
-    assert book.next_peer(peers, 24.0, 100.0, busy=False) is None
-    assert book.next_peer(peers, 27.0, 100.0, busy=False) == "c"  # it failed: sooner again
-    assert book.next_peer(peers, 27.0, 100.0, busy=True) is None
-    assert book.next_peer(["a", "b"], 100.0, 100.0, busy=False) == "a"
-    assert "c" not in book.tried_s
+    book.due_s["c"] = 25.0  # it failed: sooner again
+    assert book.next_peer(peers, 24.0, busy=False) is None
+    assert book.next_peer(peers, 27.0, busy=True) == "c"
+    book.due_s["c"] = 200.0
+    assert book.next_peer(peers, 100.0, busy=True) is None
+    assert book.next_peer(peers, 101.0, busy=False) == "a"
+    book.keep(["a", "c"])
+    assert (sorted(book.due_s), sorted(book.links)) == (["a", "c"], ["a"])
 
 
-@contextlib.asynccontextmanager
-async def started(name: str) -> AsyncIterator[Node]:
-    node = Node(name, "cookie")
-    await node.start(listen=("127.0.0.1", 0), epmd=None)
-    try:
-        yield node
-    finally:
-        await node.stop()
-
-
-def probe(node: Node, peers: list[str], found: dict[str, Link], clock: list[float]) -> LinkProbe:
+def probe(node: ClusterNode, clock: list[float], hosts: tuple[str, ...] = (HOST,)) -> LinkProbe:
     return LinkProbe(
-        TcpTransport(node, lambda peer: peer.partition("@")[2], QUICK),
-        "127.0.0.1",
-        peers=lambda: peers,
-        kind_of=lambda peer: Kind.ETHERNET,
-        found=found.__setitem__,
+        TcpTransport(QUICK),
+        hosts=lambda: hosts,
         busy=lambda: False,
         now_s=lambda: clock[0],
         random=lambda: 0.5,
-        pace=Pace(every_s=0.02, again_s=100.0),
+        pace=Pace(every_s=0.02, new_s=0.02, again_s=100.0),
         limits=QUICK,
     )
 
 
-def test_nodes_measure_each_other_once_and_again_when_it_is_time() -> None:
+async def links_of(node: ClusterNode, request: str = "links") -> set[tuple[str, str]]:
+    answer = await node.call(NAME, Atom(request))
+    return {(str(link["from"]), str(link["to"])) for link in answer if "to" in link}
+
+
+def test_nodes_measure_each_other_and_every_node_tells_all_links() -> None:
     async def run() -> None:
-        async with started(HERE) as here, started(THERE) as there:
-            assert await here.connect(THERE, address=there.address, timeout_s=5.0)
-            found: dict[str, Link] = {}
+        async with cluster_node("here") as here, cluster_node("there") as there:
+            await connect(here, there)
             clock = [0.0]
-            gone = "gone@127.0.0.1"
-            await gen_server.start(there, probe(there, [], {}, clock), name=NAME)
-            mine = probe(here, [THERE, gone], found, clock)
-            await gen_server.start(here, mine, name=NAME)
-            await wait_until_async(lambda: THERE in found and gone in mine.book.tried_s, 10.0)
-            links = await gen_server.node_call(here, Atom(NAME), Atom("links"))
-            assert isinstance(links, list)
-            assert [link["to"] for link in links] == [THERE]
-            assert links[0]["latency_s"] == found[THERE].latency_s
-            found.clear()
+            probes = {node.name: probe(node, clock) for node in (here, there)}
+            for node in (here, there):
+                await gen_server.start(node.node, probes[node.name], name=NAME)
+            mine = probes[here.name].book
+            await wait_until_async(lambda: all(p.book.links for p in probes.values()), 10.0)
+            both = {(here.name, there.name), (there.name, here.name)}
+            assert await links_of(here) == {(here.name, there.name)}
+            assert await links_of(here, "topology") == both
+            assert await links_of(there, "topology") == both
+            (link,) = mine.links.values()
+            assert link.kind == Kind.LOOPBACK
+            assert 0 < link.latency_s < 0.1
+            mine.links[there.name] = LINK  # it is measured again when it is time
             clock[0] = 101.0
-            await wait_until_async(lambda: THERE in found, 10.0)
-            assert gone not in found
+            await wait_until_async(lambda: mine.links[there.name] != LINK, 10.0)
+            here.node.disconnect(there.name)
+            await wait_until_async(lambda: not mine.links, 10.0)
+            clock[0] = 110.0
+            assert await links_of(here, "topology") == set()
 
     asyncio.run(run())
 
 
-def test_a_second_exchange_at_the_same_time_is_refused() -> None:
+def test_a_machine_that_tells_nothing_stands_without_links() -> None:
     async def run() -> None:
-        async with started(HERE) as here:
-            await gen_server.start(here, probe(here, [], {}, [0.0]), name=NAME)
-            request = (Atom("open"), TOKEN)
-            first = await gen_server.node_call(here, Atom(NAME), request)
-            second = await gen_server.node_call(here, Atom(NAME), request)
-            assert isinstance(first, tuple)
-            assert second == (Atom("error"), Atom("busy"))
-            address = ("127.0.0.1", int(first[1]))
+        async with cluster_node("here") as here, cluster_node("there") as there:
+            await connect(here, there)
+            mine = probe(here, [0.0])
+            await gen_server.start(here.node, mine, name=NAME)
+            await wait_until_async(lambda: there.name in mine.book.due_s, 10.0)
+            answer = await here.call(NAME, Atom("topology"))
+            assert sorted(str(one["from"]) for one in answer) == [here.name, there.name]
+            assert not any("to" in one for one in answer)
+
+    asyncio.run(run())
+
+
+def test_one_exchange_at_a_time_and_at_our_own_addresses_alone() -> None:
+    async def run() -> None:
+        async with cluster_node("here") as here:
+            await gen_server.start(here.node, probe(here, [0.0]), name=NAME)
+            request = (Atom("open"), TOKEN, HOST)
+            first = await here.call(NAME, request)
+            assert await here.call(NAME, request) == (Atom("error"), Atom("busy"))
+            address = (HOST, int(first[1]))
             await asyncio.to_thread(measure, address, TOKEN, QUICK)
+            elsewhere = (Atom("open"), TOKEN, "0.0.0.0")
+
+            async def refused() -> bool:
+                return "no address" in str(await here.call(NAME, elsewhere))
+
+            while not await refused():  # until the first exchange has ended
+                pass
 
     asyncio.run(run())

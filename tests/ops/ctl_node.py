@@ -106,6 +106,15 @@ def placement(model: str, *, fits: bool) -> dict[str, Any]:
     }
 
 
+def links() -> list[dict[str, Any]]:
+    def link(a: str, b: str) -> dict[str, Any]:
+        figures = {"latency_s": 0.0004, "bytes_per_s": 1.1e8}
+        return {"from": a, "to": b, "kind": "ethernet", **figures}
+
+    pair = ("m@10.0.0.2", "n@10.0.0.1")
+    return [link(*pair), link(*reversed(pair)), {"from": "o@10.0.0.3"}]
+
+
 class Cluster(GenServer):
     """Answers as CONTRACT section 4 has it, from tables."""
 
@@ -136,7 +145,7 @@ class Cluster(GenServer):
             case "nodes":
                 return atoms(self._nodes())
             case "topology":
-                return []
+                return atoms(links())
             case "instances":
                 return [atoms(instance(id_, self._step(id_))) for id_ in list(self._left)]
             case "models":

@@ -32,7 +32,7 @@ def test_status_json_is_the_contract_map(node: CtlNode) -> None:
     [
         ("status", ["cluster lab", "leader n@127.0.0.1", "Testchip", "lama-1", "ready", "cpu:0"]),
         ("nodes", ["n@127.0.0.1", "compute, storage", "5.0 GB of 8.0 GB", "cpu Testchip"]),
-        ("topology", ["Links: none"]),
+        ("topology", ["3 machines, 1 link", "└─ n@10.0.0.1  ethernet", "0.4 ms  110 MB/s"]),
         ("tree", ["root_sup rest_for_one", "cluster_sup", "restarts 4", "restarting", "├──"]),
         ("model list", ["lama", "101.0 MB", "8192", "Apache-2.0", "big-lama", "remote"]),
         (
