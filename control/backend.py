@@ -137,6 +137,21 @@ class ClusterEvent:
     data: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullProgress:
+    """How far a download is: ``phase`` as the model store names it, ``done`` at the end.
+
+    Attributes:
+        source: where it comes from; empty while that is open.
+        total_bytes: 0 while unknown.
+    """
+
+    phase: str
+    source: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
 class ClusterControl(Protocol):
     """What operators ask of the cluster. All data is JSON-ready; errors are ControlErrors."""
 
@@ -170,4 +185,16 @@ class ClusterControl(Protocol):
 
     async def swap(self, old: str, new: str) -> str:
         """Replace a model without a failed request; the new instance's id."""
+        ...
+
+    def pull(self, model: str) -> AsyncIterator[PullProgress]:
+        """Download a model to this machine; ends after ``done``. Closing leaves it running."""
+        ...
+
+    async def remove(self, model: str) -> None:
+        """Delete a model's files from this machine.
+
+        Raises a ControlError of kind ``not_found`` where there are none, ``in_use`` while an
+        instance runs it.
+        """
         ...

@@ -25,6 +25,7 @@ from control.backend import (
     LoadOptions,
     ModelInfo,
     OpenModel,
+    PullProgress,
     Readiness,
     TokenEvent,
 )
@@ -41,6 +42,7 @@ LOAD_S = 60.0
 PLACE_S = 25.0
 UNLOAD_S = 120.0
 SWAP_S = 1800.0
+PULL_LOOK_S = 0.2
 CANARY_S = 10.0
 MAX_OPENED = 16  # tokenizers kept
 CANARY_FRESH_S = 10.0
@@ -288,6 +290,40 @@ class ClusterApi:
                 if exc.kind != "not_found":  # somebody else unloaded it meanwhile
                     raise
         return instance
+
+    def pull(self, model: str) -> AsyncIterator[PullProgress]:
+        """Download a model to this machine."""
+        return self._pull(model)
+
+    async def _pull(self, model: str) -> AsyncIterator[PullProgress]:
+        answer = await self._ask("model_store", (Atom("pull"), model))
+        if answer != "ok":
+            _ok(answer, model)
+        while True:
+            found = _ok(await self._ask("model_store", (Atom("progress"), model)), model)
+            yield PullProgress(
+                phase=str(found["phase"]),
+                source=text_of(found["source"]),
+                done_bytes=int(found["done_bytes"]),
+                total_bytes=int(found["total_bytes"]),
+            )
+            if found["phase"] == "done":
+                return
+            await asyncio.sleep(PULL_LOOK_S)
+
+    async def remove(self, model: str) -> None:
+        """Delete a model's files from this machine."""
+        names = {model}
+        for info in await self.models():
+            if model == info.id or model in info.aliases:
+                names.add(info.id)
+        for instance in await self.instances():
+            if text_of(instance["model"]) in names:
+                running = text_of(instance["id"])
+                raise Refused("in_use", f"instance {running} runs {model}; unload it first")
+        answer = await self._ask("model_store", (Atom("remove"), model))
+        if answer != "ok":
+            _ok(answer, model)
 
     async def _ask(self, name: str, request: Term, *, timeout_s: float = ASK_S) -> Term:
         return await gen_server.node_call(self.node, Atom(name), request, timeout_s=timeout_s)

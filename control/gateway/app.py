@@ -8,7 +8,20 @@ from starlette.exceptions import HTTPException
 
 from control.backend import Backend, ClusterControl
 from control.errors import ControlError
-from control.gateway import chat, cluster, completions, docs, errors, health, models
+from control.gateway import (
+    anthropic,
+    chat,
+    cluster,
+    completions,
+    docs,
+    embeddings,
+    errors,
+    health,
+    models,
+    ollama,
+    ollama_models,
+    responses,
+)
 from control.gateway.edge import Edge
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
@@ -16,7 +29,18 @@ from control.gateway.limits import BodyLimit
 from control.gateway.metrics import Metrics
 from control.gateway.settings import GatewaySettings
 
-ROUTERS = (chat.router, completions.router, models.router, cluster.router, health.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    models.router,
+    embeddings.router,
+    anthropic.router,
+    ollama.router,
+    ollama_models.router,
+    cluster.router,
+    health.router,
+)
 
 
 def create_app(

@@ -14,7 +14,7 @@ from control.gateway.gateway import Gateway
 from control.gateway.generation_text import Delta, chat_logprobs
 from control.gateway.openai_shape import OpenAiShape
 from control.gateway.openai_types import ChatRequest
-from control.gateway.prompts import Turn
+from control.gateway.turn import Turn
 
 
 def router(gateway: Gateway) -> APIRouter:

@@ -22,6 +22,7 @@ class Piece:
     Attributes:
         completion_tokens: of this choice so far.
         stop_text: the stop string that ended it, if one did.
+        first_token_s: when its first token came, by the gateway's monotonic clock.
     """
 
     choice: int
@@ -29,6 +30,7 @@ class Piece:
     finish: FinishReason | None = None
     completion_tokens: int = 0
     stop_text: str | None = None
+    first_token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Answer:
     finish: FinishReason
     completion_tokens: int
     stop_text: str | None = None
+    first_token_s: float | None = None
 
 
 async def run(
@@ -101,6 +104,7 @@ async def collect(pieces: AsyncGenerator[Piece, None], num_choices: int) -> list
             mine[-1].finish or "stop",
             mine[-1].completion_tokens,
             mine[-1].stop_text,
+            mine[-1].first_token_s,
         )
         for mine in found
     ]
@@ -112,7 +116,12 @@ async def _one(
     metrics, clock = gateway.metrics, gateway.settings.monotonic_s
     events = gateway.backend.generate(request)
     reason: FinishReason = "error"
-    last_s: float | None = None
+    first_s: float | None = None
+    last_s = 0.0
+
+    def piece(delta: Delta, finish: FinishReason | None) -> Piece:
+        return Piece(choice, delta, finish, answer.num_tokens, answer.stop_text, first_s)
+
     try:
         async for event in events:
             if isinstance(event, DoneEvent):
@@ -120,7 +129,8 @@ async def _one(
                 reason = event.reason
                 break
             now_s = clock()
-            if last_s is None:
+            if first_s is None:
+                first_s = now_s
                 metrics.first_token.observe(now_s - arrived_s)
             else:
                 metrics.inter_token.observe(now_s - last_s)
@@ -128,14 +138,14 @@ async def _one(
             metrics.tokens.labels("completion").inc()
             delta = answer.push(event)
             if answer.stopped:
-                yield Piece(choice, delta, "stop", answer.num_tokens, answer.stop_text)
+                yield piece(delta, "stop")
                 return
             if delta.text or delta.tokens:
-                yield Piece(choice, delta, None, answer.num_tokens)
+                yield piece(delta, None)
         else:
             raise GenerationFailed("the generation ended without saying why; try again.")
         delta, reason = answer.finish(reason)
-        yield Piece(choice, delta, reason, answer.num_tokens, answer.stop_text)
+        yield piece(delta, reason)
     finally:
         await _close(events, gateway.settings.close_timeout_s)
 

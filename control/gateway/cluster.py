@@ -86,38 +86,39 @@ def router(gateway: Gateway) -> APIRouter:
 
     @routes.get("/topology", summary="Links with measured latency and bandwidth")
     async def topology() -> Json:
-        return Json(await _control(gateway).topology())
+        return Json(await control_of(gateway).topology())
 
     @routes.get("/tree", summary="Live supervision tree with restart counts")
     async def tree() -> Json:
-        return Json(await _control(gateway).tree())
+        return Json(await control_of(gateway).tree())
 
     @routes.get("/events", summary="Feed of changes; the first event is the status")
     async def events() -> Response:
-        frames = _events(gateway, _control(gateway))
+        frames = _events(gateway, control_of(gateway))
         return sse.EventStream(frames, write_timeout_s=gateway.settings.write_timeout_s)
 
     @routes.post("/place", summary="Dry run: which placement, and why not another")
     async def place(body: PlaceRequest) -> Json:
-        return Json(await _control(gateway).place(body.model, body.options))
+        return Json(await control_of(gateway).place(body.model, body.options))
 
     @routes.post("/load", summary="Place and load a model")
     async def load(body: PlaceRequest) -> Json:
-        return Json({"id": await _control(gateway).load(body.model, body.options)})
+        return Json({"id": await control_of(gateway).load(body.model, body.options)})
 
     @routes.post("/unload", summary="Drain and unload an instance")
     async def unload(body: UnloadRequest) -> Json:
-        await _control(gateway).unload(body.id)
+        await control_of(gateway).unload(body.id)
         return Json({"id": body.id})
 
     @routes.post("/swap", summary="Replace a model without a failed request")
     async def swap(body: SwapRequest) -> Json:
-        return Json({"id": await _control(gateway).swap(body.old, body.new)})
+        return Json({"id": await control_of(gateway).swap(body.old, body.new)})
 
     return routes
 
 
-def _control(gateway: Gateway) -> ClusterControl:
+def control_of(gateway: Gateway) -> ClusterControl:
+    """What operators steer. Raises ApiError 503 where no cluster is attached."""
     if gateway.cluster is None:
         raise ApiError(
             503,

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.responses import HTMLResponse
 
+from control.gateway.ask import INERT
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
@@ -17,10 +19,8 @@ STYLE = (
 )
 INTRO = (
     "Fields that are not listed are refused by name. <code>null</code> and an empty list ask for "
-    "nothing. <code>user</code>, <code>metadata</code>, <code>safety_identifier</code>, "
-    "<code>prompt_cache_key</code>, <code>store</code> (false) and <code>service_tier</code> "
-    "(auto, default) are accepted and change nothing. The same as data: "
-    '<a href="/openapi.json">/openapi.json</a>.'
+    f"nothing. A field that cannot change the answer is marked &ldquo;{INERT}&rdquo;. The same as "
+    'data: <a href="/openapi.json">/openapi.json</a>.'
 )
 
 

@@ -23,6 +23,12 @@ KIND_BY_STATUS: Final = {
     503: "server_error",
 }
 
+ANTHROPIC_KIND_BY_STATUS: Final = {  # where it has another name
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
 CODE_BY_FAULT: Final = {  # pydantic's error types that have a better known name
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
@@ -186,8 +192,10 @@ def openai_body(error: ApiError) -> dict[str, Any]:
 
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
-    """OpenAI's shape with Anthropic's outer ``type``."""
-    return {"type": "error", **openai_body(error)}
+    """OpenAI's shape with Anthropic's outer ``type`` and its names of kinds."""
+    shown = openai_body(error)["error"]
+    kind = ANTHROPIC_KIND_BY_STATUS.get(error.status_code, error.kind)
+    return {"type": "error", "error": {**shown, "type": kind}}
 
 
 def ollama_body(error: ApiError) -> dict[str, Any]:

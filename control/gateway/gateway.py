@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from control.backend import Backend, ClusterControl
 from control.gateway.metrics import Metrics
+from control.gateway.response_store import ResponseStore
 from control.gateway.settings import GatewaySettings
 
 
@@ -16,6 +17,7 @@ class Gateway:
 
     Attributes:
         cluster: what the ``/cluster`` routes steer; None where no cluster is attached.
+        responses: kept for the clients that go on with them.
         stopping: set when the server drains; feeds without an end of their own then end.
     """
 
@@ -23,4 +25,5 @@ class Gateway:
     cluster: ClusterControl | None
     settings: GatewaySettings
     metrics: Metrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -22,13 +22,18 @@ def router(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/models/{model:path}", summary="One model, by id or alias")
     async def get_model(model: str) -> dict[str, Any]:
-        found = await gateway.backend.models()
-        for info in found:
-            if model == info.id or model in info.aliases:
-                return _shown(info)
-        raise UnknownModel(model, tuple(info.id for info in found))
+        return _shown(await find_model(gateway, model))
 
     return routes
+
+
+async def find_model(gateway: Gateway, name: str) -> ModelInfo:
+    """An entry of the catalogue, by id or alias. Raises UnknownModel."""
+    found = await gateway.backend.models()
+    for info in found:
+        if name == info.id or name in info.aliases:
+            return info
+    raise UnknownModel(name, tuple(info.id for info in found))
 
 
 def _shown(info: ModelInfo) -> dict[str, Any]:

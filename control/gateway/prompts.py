@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from control.backend import GenerateRequest, OpenModel
 from control.gateway.errors import ApiError, context_exceeded
 from control.gateway.gateway import Gateway
 from control.gateway.sampling import SEED_MODULUS, Sampling
+from control.gateway.turn import Turn
 from models.chat import render
 from models.errors import TemplateError
 
 LONGEST_TOKEN_CHARS = 512  # the longest in known vocabularies are runs of 128 spaces
-
-
-class Turn(NamedTuple):
-    """One turn of a conversation; ``developer`` is the newer name of the role ``system``."""
-
-    role: str
-    text: str
 
 
 async def chat_prompt(

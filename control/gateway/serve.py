@@ -17,6 +17,7 @@ from control.gateway.json_response import Json
 from control.gateway.stream import FrameStream
 
 Prompts = list[tuple[int, ...]]
+Encode = Callable[[OpenModel], Awaitable[Prompts]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ async def prepare(
     gateway: Gateway,
     request: Request,
     model: str,
-    encode: Callable[[OpenModel], Awaitable[Prompts]],
+    encode: Encode,
 ) -> tuple[OpenModel, Prompts]:
     """Open ``model``, waiting for it, and make token ids of the prompts, while the client stays.
 

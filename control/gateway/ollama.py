@@ -1,0 +1,203 @@
+"""Ollama's ``/api/chat`` and ``/api/generate``, as lines of JSON or whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from control.backend import OpenModel
+from control.gateway import choices, ndjson, prompts, serve
+from control.gateway.cluster import control_of
+from control.gateway.errors import ApiError
+from control.gateway.gateway import Gateway
+from control.gateway.generation_text import Delta, chat_logprobs
+from control.gateway.json_response import Json
+from control.gateway.models import find_model
+from control.gateway.ollama_types import (
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+    OllamaGeneration,
+)
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The routes, served by ``gateway``."""
+    routes = APIRouter(tags=["ollama"])
+
+    @routes.post("/api/chat", summary="Answer a conversation")
+    async def chat(body: OllamaChatRequest, request: Request) -> Response:
+        async def encode(opened: OpenModel) -> serve.Prompts:
+            return [await prompts.chat_prompt(opened, body.turns, go_on=True)]
+
+        return await _serve(gateway, request, body, encode, param="messages")
+
+    @routes.post("/api/generate", summary="Answer a prompt")
+    async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
+        async def encode(opened: OpenModel) -> serve.Prompts:
+            if body.raw:
+                return await prompts.text_prompts(opened, body.prompt)
+            return [await prompts.chat_prompt(opened, body.turns, param="prompt")]
+
+        return await _serve(gateway, request, body, encode, param="prompt")
+
+    return routes
+
+
+async def _serve(
+    gateway: Gateway,
+    request: Request,
+    body: OllamaGeneration,
+    encode: serve.Encode,
+    *,
+    param: str,
+) -> Response:
+    is_chat = isinstance(body, OllamaChatRequest)
+    if body.is_empty:
+        return await _load_or_unload(gateway, request, body, is_chat=is_chat)
+
+    async def encode_within(opened: OpenModel) -> serve.Prompts:
+        return await encode(_within(opened, body.options.num_ctx))
+
+    opened, encoded = await serve.prepare(gateway, request, body.model, encode_within)
+    opened = _within(opened, body.options.num_ctx)
+    opened_s = gateway.settings.monotonic_s()
+    requests = prompts.plan(
+        gateway,
+        opened,
+        body.options.sampling,
+        encoded,
+        param=param,
+        max_tokens=body.options.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        request_id=request.state.request_id,
+    )
+    asked = serve.Asked(opened, requests, tuple(body.options.stop or ()))
+    times = Times(request.state.arrived_s, opened_s)
+    shape = OllamaShape(gateway, opened, body, len(encoded[0]), times, is_chat=is_chat)
+    stream = ndjson.LineStream if body.stream else None
+    return await serve.answer(gateway, request, asked, shape, stream=stream)
+
+
+def _within(opened: OpenModel, num_ctx: int | None) -> OpenModel:
+    """The model with the context that was asked for. Raises ApiError for one too large."""
+    if num_ctx is None:
+        return opened
+    if num_ctx > opened.context_tokens:
+        raise ApiError(
+            400,
+            f"options.num_ctx: {opened.id!r} is loaded with a context of {opened.context_tokens} "
+            "tokens; ask for at most that, or load it with more.",
+            param="options.num_ctx",
+            code="invalid_value",
+        )
+    return replace(opened, context_tokens=num_ctx)
+
+
+async def _load_or_unload(
+    gateway: Gateway, request: Request, body: OllamaGeneration, *, is_chat: bool
+) -> Response:
+    """What Ollama does where nothing is to be generated."""
+    if body.unloads:
+        info = await find_model(gateway, body.model)
+        for instance in (await gateway.backend.status())["instances"]:
+            if instance["model"] == info.id:
+                await control_of(gateway).unload(instance["id"])
+        model, reason = info.id, "unload"
+    else:
+
+        async def nothing(opened: OpenModel) -> serve.Prompts:
+            return []
+
+        opened, _ = await serve.prepare(gateway, request, body.model, nothing)
+        model, reason = opened.id, "load"
+    answer = {
+        "model": model,
+        "created_at": timestamp(gateway.settings.now_s()),
+        **_text(is_chat, ""),
+        "done": True,
+        "done_reason": reason,
+    }
+    return Json(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When a request came and when its prompt was ready, by the gateway's monotonic clock."""
+
+    arrived_s: float
+    opened_s: float
+
+
+class OllamaShape:
+    """Ollama's answers: ``message`` for a chat, ``response`` for a prompt."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        opened: OpenModel,
+        body: OllamaGeneration,
+        prompt_tokens: int,
+        times: Times,
+        *,
+        is_chat: bool,
+    ) -> None:
+        self._settings, self._times, self._is_chat = gateway.settings, times, is_chat
+        self._model, self._table = opened.id, opened.tokenizer
+        self._want_logprobs = body.logprobs
+        self._prompt_tokens = prompt_tokens
+
+    def whole(self, answers: Sequence[choices.Answer]) -> dict[str, Any]:
+        """The answer as one object."""
+        (answer,) = answers
+        return {**self._part(answer.delta), **self._end(answer)}
+
+    async def frames(
+        self, pieces: AsyncGenerator[choices.Piece, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """A line for each piece of text; the last one has no text, but the counts and times."""
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if piece.delta.text or piece.delta.tokens:
+                    yield ndjson.line({**self._part(piece.delta), "done": False})
+                if piece.finish is not None:
+                    yield ndjson.line({**self._part(Delta()), **self._end(piece)})
+
+    def _part(self, delta: Delta) -> dict[str, Any]:
+        head = {"model": self._model, "created_at": timestamp(self._settings.now_s())}
+        shown = {**head, **_text(self._is_chat, delta.text)}
+        if self._want_logprobs and delta.tokens:
+            shown["logprobs"] = chat_logprobs(delta.tokens, self._table)["content"]
+        return shown
+
+    def _end(self, last: choices.Answer | choices.Piece) -> dict[str, Any]:
+        end_s = self._settings.monotonic_s()
+        first_s = end_s if last.first_token_s is None else last.first_token_s
+        return {
+            "done": True,
+            "done_reason": last.finish,
+            "total_duration": _nanoseconds(end_s - self._times.arrived_s),
+            "load_duration": _nanoseconds(self._times.opened_s - self._times.arrived_s),
+            "prompt_eval_count": self._prompt_tokens,
+            "prompt_eval_duration": _nanoseconds(first_s - self._times.opened_s),
+            "eval_count": last.completion_tokens,
+            "eval_duration": _nanoseconds(end_s - first_s),
+        }
+
+
+def _text(is_chat: bool, text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}} if is_chat else {"response": text}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def timestamp(now_s: float) -> str:
+    """RFC 3339 in UTC."""
+    return datetime.fromtimestamp(now_s, UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,64 @@
+"""Responses kept for ``previous_response_id``: in memory, on this node, and not for ever."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from control.gateway.turn import Turn
+
+MAX_KEPT = 1000
+MAX_KEPT_CHARS = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A response as it was given out, and the conversation up to and with it."""
+
+    shown: Mapping[str, Any]
+    turns: tuple[Turn, ...]
+
+    @property
+    def num_chars(self) -> int:
+        """Text held, once more for each response that shares it."""
+        return sum(len(turn.text) for turn in self.turns)
+
+
+class ResponseStore:
+    """The latest responses; those unused for longest are dropped when there are too many.
+
+    Args:
+        max_kept, max_chars: how many responses, and how much text in all of them.
+    """
+
+    def __init__(self, max_kept: int = MAX_KEPT, max_chars: int = MAX_KEPT_CHARS) -> None:
+        self._max_kept, self._max_chars = max_kept, max_chars
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._num_chars = 0
+
+    def put(self, id: str, kept: Kept) -> None:
+        """Keep a response; one that alone is too large is not kept."""
+        self._kept[id] = kept
+        self._num_chars += kept.num_chars
+        while len(self._kept) > self._max_kept or self._num_chars > self._max_chars:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_chars -= dropped.num_chars
+
+    def get(self, id: str) -> Kept | None:
+        """A response that is still kept, or None."""
+        kept = self._kept.get(id)
+        if kept is not None:
+            self._kept.move_to_end(id)
+        return kept
+
+    def remove(self, id: str) -> bool:
+        """Forget a response; False if it was not there."""
+        kept = self._kept.pop(id, None)
+        if kept is not None:
+            self._num_chars -= kept.num_chars
+        return kept is not None
+
+    def __len__(self) -> int:
+        return len(self._kept)

@@ -1,0 +1,81 @@
+"""``/v1/responses``: OpenAI's newer API, with the conversations that a node keeps for it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from control.backend import OpenModel
+from control.gateway import prompts, serve, sse
+from control.gateway.errors import ApiError
+from control.gateway.gateway import Gateway
+from control.gateway.json_response import Json
+from control.gateway.response_shape import ResponseShape
+from control.gateway.response_store import Kept
+from control.gateway.responses_types import ResponsesRequest
+from control.gateway.turn import Turn
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The routes, served by ``gateway``."""
+    routes = APIRouter(tags=["openai"])
+
+    @routes.post("/v1/responses", summary="Answer, and keep the conversation")
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        turns = [*_earlier(gateway, body), *body.turns]
+        told = [] if body.instructions is None else [Turn("system", body.instructions)]
+
+        async def encode(opened: OpenModel) -> serve.Prompts:
+            return [await prompts.chat_prompt(opened, [*told, *turns], param="input")]
+
+        opened, encoded = await serve.prepare(gateway, request, body.model, encode)
+        requests = prompts.plan(
+            gateway,
+            opened,
+            body.sampling,
+            encoded,
+            param="input",
+            max_tokens=body.max_output_tokens,
+            logprobs=body.logprobs,
+            request_id=request.state.request_id,
+        )
+        asked = serve.Asked(opened, requests)
+        request_id = request.state.request_id
+        shape = ResponseShape(gateway, opened, body, turns, len(encoded[0]), request_id)
+        stream = sse.EventStream if body.stream else None
+        return await serve.answer(gateway, request, asked, shape, stream=stream)
+
+    @routes.get("/v1/responses/{id}", summary="A response that is still kept")
+    async def get_response(id: str) -> Json:
+        kept = gateway.responses.get(id)
+        if kept is None:
+            raise _gone(id, status=404, param="id")
+        return Json(dict(kept.shown))
+
+    @routes.delete("/v1/responses/{id}", summary="Forget a response")
+    async def delete_response(id: str) -> Json:
+        if not gateway.responses.remove(id):
+            raise _gone(id, status=404, param="id")
+        return Json({"id": id, "object": "response", "deleted": True})
+
+    return routes
+
+
+def _earlier(gateway: Gateway, body: ResponsesRequest) -> tuple[Turn, ...]:
+    """The conversation that the body goes on with."""
+    if body.previous_response_id is None:
+        return ()
+    kept: Kept | None = gateway.responses.get(body.previous_response_id)
+    if kept is None:
+        raise _gone(body.previous_response_id, status=400, param="previous_response_id")
+    return kept.turns
+
+
+def _gone(id: str, *, status: int, param: str) -> ApiError:
+    return ApiError(
+        status,
+        f"{param}: response {id[:64]!r} is not kept here. A node keeps the latest ones in memory, "
+        "unless store is false; send the whole conversation as input.",
+        param=param,
+        code="previous_response_not_found" if status == 400 else "response_not_found",
+    )
