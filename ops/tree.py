@@ -8,7 +8,8 @@ heart                     OS parent (ops/heart.py): restarts the control process
    │  ├─ election         who leads, since which epoch
    │  ├─ scheduler        which instances should run, which do
    │  ├─ discovery        sees other machines and connects to them
-   │  └─ link_probe       measures the links to them
+   │  ├─ link_probe       measures the links to them
+   │  └─ speed_meter      has each device measured, once
    ├─ model_store         files of models
    ├─ ports               OS children: spares, leases, kills
    ├─ instance_sup        one_for_one, dynamic
@@ -25,6 +26,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 from bridge import gen_server
 from bridge.gen_server import GenServer
@@ -55,6 +58,7 @@ from control.ports import Ports, StartPort
 from control.rank import RankLimits
 from control.scheduler import Scheduler
 from control.spec import ChildSpec, ChildType, Strategy, SupSpec
+from control.speed_meter import SpeedMeter
 from models.card import find_card
 
 
@@ -140,6 +144,7 @@ def cluster_sup(p: Parts) -> SupSpec:
             # Last, so that their faults restart nothing that others rely on.
             _server("discovery", lambda: Discovery(p.strategies(), interfaces=read_interfaces)),
             _server("link_probe", partial(_link_probe, p)),
+            *([_server("speed_meter", partial(_speed_meter, p))] if "compute" in p.roles else []),
         ),
     )
 
@@ -168,6 +173,14 @@ def _link_probe(p: Parts) -> LinkProbe:
         busy=is_busy,
         now_s=time.monotonic,
         random=random.random,
+    )
+
+
+def _speed_meter(p: Parts) -> SpeedMeter:
+    return SpeedMeter(
+        p.state_dir / "speeds.json",
+        partial(read_machine, p.machine_limits),
+        used_percent=psutil.cpu_percent,
     )
 
 
