@@ -36,9 +36,10 @@ class Listeners:
     def __init__(self, host: str) -> None:
         """Raises OSError where this machine does not have such an address."""
         self._sockets: dict[str, socket.socket] = {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             for use in PORTS:
-                self._sockets[use] = socket.create_server((host, 0))
+                self._sockets[use] = socket.create_server((host, 0), family=family)
         except OSError:
             self.close()
             raise

@@ -6,9 +6,12 @@ Messages (all terms; ids are integers, text is UTF-8 binaries):
 call ``{prepare, Host}``                                ``{ok, #{holds => Group, place => Place}}``
 call ``{load, #{...}}``                                 ``{ok, Facts}`` or ``{error, Kind, Text}``
 call ``facts``                                          the map of ``Facts``
+call ``{dial, Node}``                                   ``ok`` | ``{error, unreachable, Text}``
+call ``{measure, Device, Threads}``                     ``{ok, WeightsPerS, FlopsPerS}``
 cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done``
 cast ``{cancel, Ref}``                                  the request ends as ``cancelled``
-cast ``{own, Pid}``                                     beats go to ``Pid`` from now on
+cast ``{own, Pid}``                                     beats go to ``Pid`` from now on; what an
+                                                        earlier owner let through is dropped
 cast ``stop``                                           the port ends
 sends ``{admitted, Ref}``                              to the requester, before its first step
 sends ``{token, Ref, Index, Id, LogProb, Top}``         to the requester
@@ -20,6 +23,8 @@ sends ``{load_progress, Port, Done, Total}``            to the owner
 ``prepare`` reserves TCP ports on an address of this machine where the other ranks can meet this
 one, and says which group of ranks it is loaded in already (empty text: none). Requests go to the
 head of a mesh alone. A requester is monitored: when it dies, its requests are cancelled.
+
+A port does not listen: ``dial`` makes it connect to a node that has something to say to it.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -50,6 +56,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("compute.port")
 
 LEAVE_S = 1.0
+DIAL_S = 5.0
+REDIAL_S = 0.2
 CHUNK_TOKENS = 256  # of a step that prefills
 PIPELINE_CHUNK_TOKENS = 64  # shorter, so that all stages soon have one
 
@@ -102,8 +110,15 @@ class PortServer(GenServer):
                 return self._prepare(text_of(host))
             case ("load", dict(options)):
                 return self._load(options, from_)
+            case ("dial", Atom() as node):
+                self.me.spawn(partial(_dial, node, from_), link=True, label=f"dial {node}")
+                return NOREPLY
             case "facts":
                 return dict(self.facts)
+            case ("measure", device, int(threads)) if self.order is None:
+                return self._measure(text_of(device), threads, from_)
+            case ("measure", _, _):
+                return (Atom("error"), Atom("busy"), "this port holds a rank")
             case _:
                 return await super().handle_call(request, from_)
 
@@ -114,6 +129,8 @@ class PortServer(GenServer):
             case ("cancel", Ref() as ref):
                 self._cancel(ref)
             case ("own", Pid() as owner):
+                if self.owner not in (None, owner):
+                    self._drop_all()
                 self.owner = owner
             case "stop":
                 raise Stop(Atom("normal"))
@@ -233,6 +250,27 @@ class PortServer(GenServer):
         if self.owner is not None:
             self.me.send(self.owner, (Atom("load_progress"), self.me.pid, done, total))
 
+    # -- the device ------------------------------------------------------------------------
+
+    def _measure(self, device: str, threads: int, from_: Term) -> Term:
+        """About a second on the engine thread; an order to load waits for it."""
+
+        def run() -> tuple[float, float]:
+            from compute.device_speed import measure  # the engines' libraries: not at start
+
+            return measure(device, threads=threads)
+
+        def answered(done: asyncio.Future[tuple[float, float]]) -> None:
+            error = done.exception()
+            if error is None:
+                gen_server.reply(self.me, from_, (Atom("ok"), *done.result()))
+            else:
+                kind = Atom(getattr(error, "kind", None) or "not_measured")
+                gen_server.reply(self.me, from_, (Atom("error"), kind, str(error)))
+
+        asyncio.wrap_future(self._thread.run(run)).add_done_callback(answered)
+        return NOREPLY
+
     # -- requests --------------------------------------------------------------------------
 
     def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
@@ -255,6 +293,13 @@ class PortServer(GenServer):
             self.me.demonitor(live.monitor)
             self._thread.cancel(ref)
             self.me.send(live.requester, (Atom("done"), ref, Atom("cancelled"), ""))
+
+    def _drop_all(self) -> None:
+        """Who asked has seen the end of the earlier owner's group, and asks the next one."""
+        for ref, live in self._live.items():
+            self.me.demonitor(live.monitor)
+            self._thread.cancel(ref)
+        self._live.clear()
 
     def _admitted(self, refs: Sequence[Hashable]) -> None:
         """These are in a step from now on: if the rank dies of it, one of them may be why."""
@@ -298,6 +343,20 @@ class PortServer(GenServer):
 
         traceback.print_exception(error)
         self._end(70)
+
+
+async def _dial(node: Atom, from_: Term, me: Process) -> None:
+    """Connect to ``node`` and answer, trying again for ``DIAL_S``."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + DIAL_S
+    answer: Term = Atom("ok")
+    while not await me.node.connect(node, timeout_s=max(REDIAL_S, deadline_s - loop.time())):
+        if loop.time() >= deadline_s:
+            text = f"{me.node.name} cannot connect to {node} within {DIAL_S:g} s"
+            answer = (Atom("error"), Atom("unreachable"), text)
+            break
+        await asyncio.sleep(REDIAL_S)
+    gen_server.reply(me, from_, answer)
 
 
 def _import_engine() -> None:

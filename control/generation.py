@@ -92,6 +92,10 @@ async def generate(
                             case _Lost(why):
                                 log.warning("%s: %s; going on elsewhere", request.request_id, why)
                                 lost_at_s = lost_at_s or time.monotonic()
+                                if time.monotonic() - lost_at_s > limits.route_s:
+                                    text = f"no token for {limits.route_s:.0f} s; at last: {why}"
+                                    yield DoneEvent("error", text)
+                                    return
             await asyncio.sleep(RETRY_S)
     finally:
         journal.close(entry_id)
@@ -109,16 +113,18 @@ async def _attempt(
     except (NotReady, UnknownModel) as exc:
         yield DoneEvent("error", str(exc))
         return
-    monitor = me.monitor(coordinator)
+    monitors = {me.monitor(coordinator)}
     ref = me.make_ref()
-    refused = await _submit(me, coordinator, ref, entry)
-    if refused:
+    port, refused = await _submit(me, coordinator, ref, entry)
+    if port is None:
         yield _Lost(refused)
         return
+    if coordinator.node != me.node.name:
+        monitors.add(me.monitor(port))  # tokens come over a link of their own
     first = True
     try:
         while True:
-            match await me.receive(_of(ref, monitor), timeout_s=limits.token_s):
+            match await me.receive(_of(ref, monitors), timeout_s=limits.token_s):
                 case ("admitted", _):
                     entry.suspect()
                 case ("token", _, int(index), int(token_id), logprob, list(top)):
@@ -140,24 +146,28 @@ async def _attempt(
         yield _Lost(str(exc))
 
 
-async def _submit(me: Process, coordinator: Pid, ref: Ref, entry: Entry) -> str:
-    """Hand the request over; why that did not work, or empty."""
+async def _submit(me: Process, coordinator: Pid, ref: Ref, entry: Entry) -> tuple[Pid | None, str]:
+    """Hand the request over; the port that runs it, or why that did not work."""
     submit = (Atom("submit"), ref, _options(entry))
     try:
         answer = await gen_server.call(me, coordinator, submit, timeout_s=SUBMIT_S)
     except gen_server.CallError as exc:
-        return str(exc)
-    return "" if answer[0] == "ok" else show(answer)
+        return None, str(exc)
+    match answer:
+        case ("ok", _, Pid() as port):
+            return port, ""
+        case _:
+            return None, show(answer)
 
 
-def _of(ref: Ref, monitor: Ref) -> Callable[[Term], Term | None]:
+def _of(ref: Ref, monitors: set[Ref]) -> Callable[[Term], Term | None]:
     """Match what belongs to this submission."""
 
     def match(message: Term) -> Term | None:
         match message:
             case ("admitted" | "token" | "done", found, *_) if found == ref:
                 return message
-            case ("DOWN", found, _, _, _) if found == monitor:
+            case ("DOWN", found, _, _, _) if found in monitors:
                 return message
             case ("admitted" | "token" | "done", *_):
                 return ("stale",)  # an older submission of ours: taken out and dropped

@@ -5,12 +5,20 @@ and a new generation, the next *epoch*, takes ports, loads and serves. Requests 
 kept here: whoever asked keeps its own journal entry and asks the new epoch to go on.
 
 ================================================  ==========================================
-call ``{submit, Ref, #{...}}``                    ``{ok, Epoch}`` | ``{error, not_ready, Text}``
+call ``{submit, Ref, #{...}}``                    ``{ok, Epoch, Port}`` | ``{error, Kind, Text}``
 call ``describe``                                 the instance's map of CONTRACT section 3
 call ``drain``                                    ``ok`` once no request is active
 cast ``{progress, Ref}``                          this epoch has served a token
-sends ``{instance, Id, State, Pid, Epoch, Text}`` to ``scheduler``
+info ``announce`` | ``{announce, Pid}``           says its state to all, or to that pid's
+                                                  ``scheduler`` alone
+sends ``{instance, Id, State, Pid, Epoch, Text,   to ``scheduler`` of this node and of every
+#{model => Model}}``                              connected one
 ================================================  ==========================================
+
+It runs on the machine of the head rank; other ranks may be of other machines. A request may come
+from any node: the head's port is made to dial it first, since tokens go there straight. ``submit``
+is then refused as ``unreachable`` where it cannot. Its answer names the port, so that the requester
+can watch the link by which its tokens come.
 """
 
 from __future__ import annotations
@@ -28,10 +36,11 @@ from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import supervisor
-from control.instance_spec import InstanceSpec, describe_spec, rank_name
+from control.instance_spec import InstanceSpec, describe_spec, layout_of, rank_name
 from control.load_ranks import LoadFailed, load_ranks
 from control.names import until_free
 from control.rank import Rank, RankLimits
+from control.rank_lease import Want, dial
 from control.spec import ChildSpec, ChildType, Restart, Strategy, SupSpec
 from models.mesh import head_rank
 
@@ -61,9 +70,9 @@ class History:
 class Coordinator(GenServer):
     """Loads the model on its ranks, then lets requests through to their head."""
 
-    def __init__(self, spec: InstanceSpec, history: History) -> None:
+    def __init__(self, spec: InstanceSpec, history: History, *, lease_s: float) -> None:
         super().__init__()
-        self.spec, self._history = spec, history
+        self.spec, self._history, self._lease_s = spec, history, lease_s
         self.state = "loading"
         self.epoch = 0
         self.ports: list[Pid] = []
@@ -85,13 +94,13 @@ class Coordinator(GenServer):
         self._history.epochs_without_progress += 1
         self.epoch = self._history.epoch
         self.state = "loading" if self.epoch == 1 else "recovering"
-        self._tell_scheduler("")
+        self._tell_schedulers("")
         self.me.spawn(self._load_ranks, link=True, label=f"load {self.spec.id}")
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
             case ("submit", Ref() as ref, dict(options)):
-                return self._submit(from_[0], ref, options)
+                return self._submit(from_, ref, options)
             case "describe":
                 return await self._describe()
             case "books":  # local only: the scheduler takes over after its own restart
@@ -118,16 +127,17 @@ class Coordinator(GenServer):
                 self._ready_s = time.monotonic()
                 if self.state != "draining":
                     self.state = "ready"
-                self._tell_scheduler("")
+                self._tell_schedulers("")
             case ("load_failed", kind, text):
                 self._history.last_error = text_of(text)
                 self.state = "failed"
-                self._tell_scheduler(f"{kind}: {text_of(text)}")
+                self._tell_schedulers(f"{kind}: {text_of(text)}")
             case "announce":
-                self._tell_scheduler("")
-            case ("DOWN", Ref() as monitor, _, _, _):
-                self._active.pop(monitor, None)
-                self._end_drain()
+                self._tell_schedulers("")
+            case ("announce", Pid() as asker):
+                self._tell_scheduler(str(asker.node), "")
+            case ("DOWN", Ref() as monitor, _, Pid() as requester, _):
+                self._forget(monitor, requester)
             case _:
                 await super().handle_info(message)
 
@@ -137,13 +147,37 @@ class Coordinator(GenServer):
 
     # -- requests --------------------------------------------------------------------------
 
-    def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> Term:
+    def _submit(self, from_: Term, ref: Ref, options: dict[Any, Term]) -> Term:
         if self.state != "ready":
             return (Atom("error"), Atom("not_ready"), f"instance {self.spec.id} is {self.state}")
+        requester: Pid = from_[0]
         self._active[self.me.monitor(requester)] = ref
-        head = self.ports[head_rank(self.spec.shape.tensor, self.spec.shape.pipeline)]
-        gen_server.cast(self.me, head, (Atom("submit"), requester, ref, options))
-        return (Atom("ok"), self.epoch)
+        order: Term = (Atom("submit"), requester, ref, options)
+        done: Term = (Atom("ok"), self.epoch, self._head)
+        if requester.node == self.me.node.name:
+            gen_server.cast(self.me, self._head, order)
+            return done
+
+        async def submit(me: Process) -> None:
+            answer = await dial(me, self._head, str(requester.node))
+            if answer == "ok":
+                gen_server.cast(me, self._head, order)
+            gen_server.reply(me, from_, done if answer == "ok" else answer)
+
+        self.me.spawn(submit, link=True, label=f"submit from {requester.node}")
+        return NOREPLY
+
+    @property
+    def _head(self) -> Pid:
+        """Port of the rank that plans and samples."""
+        return self.ports[head_rank(self.spec.shape.tensor, self.spec.shape.pipeline)]
+
+    def _forget(self, monitor: Ref, requester: Pid) -> None:
+        """A requester ended. A port hears so itself, but late where a machine just vanished."""
+        ref = self._active.pop(monitor, None)
+        if ref is not None and requester.node != self.me.node.name:
+            gen_server.cast(self.me, self._head, (Atom("cancel"), ref))
+        self._end_drain()
 
     def _end_drain(self) -> None:
         if self.state == "draining" and not self._active:
@@ -158,8 +192,7 @@ class Coordinator(GenServer):
         try:
             ports: list[Pid] = []
             for rank in range(self.spec.num_ranks):
-                known = await gen_server.call(me, rank_name(self.spec.id, rank), Atom("describe"))
-                ports.append(known["port"])
+                ports.append(await self._port_of(me, rank))
             facts = await load_ranks(me, self.spec, self.epoch, ports)
         except LoadFailed as exc:
             me.send(self.me.pid, (Atom("load_failed"), Atom(exc.kind), exc.text))
@@ -170,13 +203,29 @@ class Coordinator(GenServer):
         else:
             me.send(self.me.pid, (Atom("loaded"), ports, facts))
 
+    async def _port_of(self, me: Process, rank: int) -> Pid:
+        """The port of a rank, once it has one."""
+        try:
+            answer = await gen_server.call(
+                me, rank_name(self.spec.id, rank), Atom("port"), timeout_s=self._lease_s + 5
+            )
+        except gen_server.CallError as exc:
+            raise Exit((Atom("port_lost"), str(exc))) from None
+        port: Pid = answer[1]
+        return port
+
     # -- what others see -------------------------------------------------------------------
 
-    def _tell_scheduler(self, text: str) -> None:
-        self.me.send(
-            Atom("scheduler"),
-            (Atom("instance"), self.spec.id, Atom(self.state), self.me.pid, self.epoch, text),
-        )
+    def _tell_schedulers(self, text: str) -> None:
+        """Every node may be asked who serves a model, so every one is told."""
+        for node in (self.me.node.name, *self.me.node.nodes()):
+            self._tell_scheduler(str(node), text)
+
+    def _tell_scheduler(self, node: str, text: str) -> None:
+        state = (Atom(self.state), self.me.pid, self.epoch, text)
+        more: Term = {Atom("model"): self.spec.model}
+        to = Atom("scheduler") if node == self.me.node.name else (Atom("scheduler"), Atom(node))
+        self.me.send(to, (Atom("instance"), self.spec.id, *state, more))
 
     async def _describe(self) -> dict[Any, Term]:
         ranks = [await self._describe_rank(rank) for rank in range(self.spec.num_ranks)]
@@ -199,7 +248,7 @@ class Coordinator(GenServer):
         facts = self._facts[rank] if rank < len(self._facts) else {}
         row = {
             Atom("rank"): rank,
-            Atom("node"): self.me.node.name,
+            Atom("node"): Atom(self.spec.ranks[rank].node),
             Atom("os_pid"): known["os_pid"],
             Atom("state"): Atom(self.state),
             Atom("device"): facts.get("device", self.spec.ranks[rank].device or "cpu:0"),
@@ -222,6 +271,8 @@ def engine_of(facts: dict[Any, Term], placed: str) -> str:
 def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> ChildSpec:
     """Child spec of ``instance_N_sup``: the ranks, then their coordinator, all or none."""
 
+    first, layout = history.epoch, layout_of(spec)
+
     async def start_rank(rank: int, me: Process) -> Pid:
         if history.exhausted():
             raise gen_server.StartError(
@@ -231,14 +282,21 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
                 )
             )
         await until_free(me, rank_name(spec.id, rank))
-        server = Rank(spec.id, rank, limits, on_lost=history.note)
-        return await gen_server.start_link(
-            me, server, name=rank_name(spec.id, rank), timeout_s=limits.lease_s + 5
+        want = Want(
+            instance=spec.id,
+            rank=rank,
+            node=spec.ranks[rank].node,
+            layout=layout,
+            placement=spec.first_epoch,
+            fresh=history.epoch > first,  # what an epoch that failed has left is not wanted
         )
+        server = Rank(want, limits, on_lost=history.note)
+        return await gen_server.start_link(me, server, name=rank_name(spec.id, rank))
 
     async def start_coordinator(me: Process) -> Pid:
         await until_free(me, spec.id)
-        return await gen_server.start_link(me, Coordinator(spec, history), name=Atom(spec.id))
+        server = Coordinator(spec, history, lease_s=limits.lease_s)
+        return await gen_server.start_link(me, server, name=Atom(spec.id))
 
     children = tuple(
         ChildSpec(

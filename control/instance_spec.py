@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge import etf
 from bridge.show import show
 from bridge.term import Atom, Term
 from bridge.text import text_of
@@ -26,7 +28,7 @@ class RankSpec:
         device: ``cpu``, ``cuda:N`` or ``mlx``; empty lets the port choose.
         pool: whose memory it takes of: the machine's (``memory``) or a GPU's (``cuda:N``).
         threads: CPU threads.
-        memory_bytes: what it takes of the machine's memory (not of a GPU's) once it is full.
+        memory_bytes: what it takes of that memory once it is full.
         limit_bytes: what it may take at most, on its device; 0 is no limit.
     """
 
@@ -111,6 +113,17 @@ def describe_shape(shape: MeshShape, engine: str) -> dict[Any, Term]:
 def rank_name(instance: str, rank: int) -> Atom:
     """Registered name of a rank's process, for whoever wants to look inside."""
     return Atom(f"{instance}_rank{rank}")
+
+
+def layout_of(spec: InstanceSpec) -> str:
+    """Names what the ranks hold: a port with the weights of another layout is of no use."""
+    ranks: list[Term] = [
+        (Atom(rank.node), rank.path.as_posix(), rank.device) for rank in spec.ranks
+    ]
+    shape = (spec.shape.tensor, spec.shape.pipeline, [float(s) for s in spec.shape.shares])
+    told = (spec.model, spec.context_tokens, spec.num_slots, shape, ranks)
+    more = (spec.experts, spec.engine)
+    return hashlib.sha256(etf.encode((*told, *more))).hexdigest()[:16]
 
 
 def spec_term(spec: InstanceSpec) -> Term:

@@ -68,14 +68,16 @@ async def load_ranks(
         Exit: a port was lost, or the ports belong to different generations. The group has to
             start anew.
     """
-    prepared = [_prepared(answer) for answer in await _ask_all(me, ports, _prepare_requests(ports))]
+    hosts = met_at(spec)
+    prepares: list[Term] = [(Atom("prepare"), host) for host in hosts]
+    prepared = [_prepared(answer) for answer in await _ask_all(me, ports, prepares)]
     held = [one.holds for one in prepared]
     group = choose_group(held)
     if group is None:
         raise Exit((Atom("mixed_ranks"), "some ranks hold weights of a generation others lost"))
     places = [one.place for one in prepared]
     orders = [
-        (Atom("load"), _order(spec, epoch, rank, group, places, text_of(me.node.name)))
+        (Atom("load"), _order(spec, epoch, rank, group, places, hosts))
         for rank in range(spec.num_ranks)
     ]
     facts: list[dict[Any, Term]] = []
@@ -92,8 +94,16 @@ async def load_ranks(
     return facts
 
 
-def _prepare_requests(ports: Sequence[Pid]) -> list[Term]:
-    return [(Atom("prepare"), LOOPBACK) for _ in ports]
+def met_at(spec: InstanceSpec) -> list[str]:
+    """For each rank the host where the others meet it.
+
+    It is also the name of its machine: ranks with the same one share memory.
+    """
+    nodes = [rank.node for rank in spec.ranks]
+    if len(set(nodes)) == 1:
+        return [LOOPBACK] * len(nodes)
+    hosts = dict(spec.addresses)
+    return [hosts[node] for node in nodes]
 
 
 async def _ask_all(
@@ -135,7 +145,7 @@ def _prepared(answer: Term) -> Prepared:
 
 
 def _order(
-    spec: InstanceSpec, epoch: int, rank: int, group: str, places: list[Term], node: str
+    spec: InstanceSpec, epoch: int, rank: int, group: str, places: list[Term], hosts: list[str]
 ) -> dict[Any, Term]:
     mine, shape = spec.ranks[rank], spec.shape
     return {
@@ -147,7 +157,7 @@ def _order(
         Atom("pipeline"): shape.pipeline,
         Atom("shares"): list(shape.shares),
         Atom("experts"): spec.experts,
-        Atom("hosts"): [node.partition("@")[2]] * spec.num_ranks,
+        Atom("hosts"): hosts,
         Atom("places"): places,
         Atom("devices"): [r.device for r in spec.ranks] if _differ(spec) else [],
         Atom("path"): mine.path.as_posix(),

@@ -4,19 +4,30 @@ Keeps spare children that have imported their engine already, so that a rank is 
 in the time it takes to map the weights. Writes down which children it has, so that the
 next life of the control process adopts those that still run and kills the rest.
 
-================================================  ==========================================
-call ``{lease, Instance, Rank}``                  ``{ok, PortId, PortPid, OsPid}`` or an error
-call ``{release, PortId}``                        ``ok``: killed, and waited for 5 s at most
-call ``{hello, PortPid, Facts}`` (from a port)    ``welcome`` | ``unknown``
-call ``ports``                                    list of maps
-sends ``{port_exit, PortId, Text}``               to the leaseholder
-================================================  ==========================================
+====================================================  ======================================
+call ``{lease, Instance, Rank}`` or
+``{lease, Instance, Rank, #{holder, layout,``
+``placement, fresh}}``                                ``{ok, PortId, PortPid, OsPid}`` | error
+call ``{claim, PortId, Holder}``                      the same, of this very port
+call ``{release, PortId}``                            ``ok``: killed, waited for 5 s at most
+call ``{hello, PortPid, Facts}`` (from a port)        ``welcome`` | ``unknown``
+call ``ports``                                        list of maps
+sends ``{port_exit, PortId, Text}``                   to the leaseholder
+====================================================  ======================================
+
+A holder (whoever asks, or the pid given) may be on another machine. Its port is made to dial that
+machine before the lease is answered: it does not listen itself. A child ends with its holder,
+except where the holder is out of reach (``noconnection``): it may live, or a restarted control
+process may want the weights. Such an orphan is kept for ORPHAN_S, and a lease of the same rank
+and layout gets it, unless it asks for a ``fresh`` one.
+
+Of two holders that want the same rank of the same instance the newer placement wins: its lease
+kills the other's child. One that is not newer is refused as ``held``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 from collections import Counter
@@ -29,13 +40,15 @@ from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
-from control.os_process import OsChild, OsIdentity
+from control.os_process import OsChild
+from control.port_child import Child, Seat, read_records, write_records
+from control.rank_lease import dial
 
 log = logging.getLogger("control.ports")
 
 HELLO_S = 60.0  # from start of the OS process to its hello; importing may be slow on a cold disk
 ADOPT_S = 3.0  # how long a lease waits for the child of a former life
-ORPHAN_S = 10.0  # after which children of a former life are killed
+ORPHAN_S = 10.0  # after which children whose holder is out of reach are killed
 KILL_S = 5.0
 MAX_ATTEMPTS = 3  # ports that a lease may wait for, one after the other
 TRIM_S = 30.0
@@ -50,24 +63,10 @@ class StartPort(Protocol):
 
 
 @dataclass(slots=True)
-class _Child:
-    port_id: str
-    identity: OsIdentity
-    os_child: OsChild | None  # None: adopted from a former life
-    pid: Pid | None = None  # None until it said hello
-    instance: str = ""
-    rank: int = -1
-    holder: Pid | None = None
-    monitor: Ref | None = None
-    waiter: Term = None  # From of a lease that waits for the hello
-    attempt: int = 1  # which port this is that the lease waits for
-
-
-@dataclass(slots=True)
 class PortsState:
     """What ``sys:get_state`` shows."""
 
-    children: dict[str, _Child] = field(default_factory=dict)
+    children: dict[str, Child] = field(default_factory=dict)
     started: int = 0
 
 
@@ -101,7 +100,7 @@ class Ports(GenServer):
         self.state = PortsState()
 
     def format_state(self) -> Term:
-        return [self._describe(c) for c in self.state.children.values()]
+        return [_describe(c) for c in self.state.children.values()]
 
     async def init(self, me: Process) -> None:
         self.me.trap_exit = True  # so that terminate runs and no child is left over
@@ -111,7 +110,22 @@ class Ports(GenServer):
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
             case ("lease", instance, int(rank)):
-                return self._lease(text_of(instance), rank, from_)
+                return self._lease(Seat(instance=text_of(instance), rank=rank), from_[0], from_)
+            case (
+                "lease",
+                instance,
+                int(rank),
+                {"holder": Pid() as holder, "layout": layout, "placement": int(placement), **more},
+            ):
+                seat = Seat(
+                    instance=text_of(instance),
+                    rank=rank,
+                    layout=text_of(layout),
+                    placement=placement,
+                )
+                return self._lease(seat, holder, from_, fresh=more.get("fresh") is True)
+            case ("claim", port_id, Pid() as holder):
+                return self._claim(text_of(port_id), holder, from_)
             case ("release", port_id):
                 self._release(text_of(port_id), from_)
                 return NOREPLY
@@ -126,16 +140,16 @@ class Ports(GenServer):
         match message:
             case ("os_exit", str(port_id), str(text)):
                 self._on_exit(port_id, text)
-            case ("expire", str(port_id)):
-                self._expire(port_id)
+            case ("expire", str(port_id), int(version)):
+                self._expire(port_id, version)
             case ("fill_spares",):
                 self._fill_spares()
             case ("trim_spares",):
                 self._trim_spares()
-            case ("DOWN", Ref() as monitor, _, _, _):
+            case ("DOWN", Ref() as monitor, _, _, reason):
                 for child in list(self.state.children.values()):
                     if child.monitor == monitor:
-                        self._kill(child)
+                        self._holder_down(child, reason)
             case ("EXIT", _, _):
                 pass  # a watcher ended
             case _:
@@ -151,36 +165,89 @@ class Ports(GenServer):
 
     # -- leases ----------------------------------------------------------------------------
 
-    def _lease(self, instance: str, rank: int, from_: Term, attempt: int = 1) -> Term:
-        child = self._choose(instance, rank)
-        if child is None:
+    def _lease(
+        self, seat: Seat, holder: Pid, from_: Term, *, fresh: bool = False, attempt: int = 1
+    ) -> Term:
+        for child in list(self.state.children.values()):
+            if child.seat.key != seat.key or child.killed or child.holder == holder:
+                continue
+            if child.holder is not None and seat.placement <= child.seat.placement:
+                text = (
+                    f"rank {seat.rank} of {seat.instance} is held by {child.holder} "
+                    f"of placement {child.seat.placement}, asked for by one of {seat.placement}"
+                )
+                return (Atom("error"), Atom("held"), text)
+            if child.holder is not None or fresh or child.seat.layout != seat.layout:
+                log.info("port %s gives way to a newer rank of %s", child.port_id, seat.instance)
+                self._kill(child)
+        found = self._choose(seat, holder)
+        if found is None:
             try:
-                child = self._start()
+                found = self._start()
             except OSError as exc:
                 return (Atom("error"), Atom("port_start"), f"cannot start a compute port: {exc}")
-        holder = from_[0]
-        child.instance, child.rank, child.holder = instance, rank, holder
-        child.monitor = self.me.monitor(holder)
+        found.seat = seat
         self._write_records()
         self._later(1.0, (Atom("fill_spares"),))
-        if child.pid is not None:
-            return self._leased(child)
-        child.waiter, child.attempt = from_, attempt
-        self._later(ADOPT_S if child.os_child is None else HELLO_S, (Atom("expire"), child.port_id))
+        return self._hold(found, holder, from_, attempt)
+
+    def _claim(self, port_id: str, holder: Pid, from_: Term) -> Term:
+        child = self.state.children.get(port_id)
+        if child is None or child.killed:
+            return (Atom("error"), Atom("unknown_port"), f"port {port_id} has ended")
+        if child.holder not in (None, holder):
+            return (Atom("error"), Atom("held"), f"port {port_id} is held by {child.holder}")
+        return self._hold(child, holder, from_, child.attempt)
+
+    def _choose(self, seat: Seat, holder: Pid) -> Child | None:
+        """The child that already holds this rank's weights, else a spare, readiest first."""
+        for child in self.state.children.values():
+            mine = child.seat.key == seat.key and not child.killed
+            if mine and child.holder in (None, holder):
+                return child
+        return min(self._spares(), key=lambda c: c.pid is None, default=None)
+
+    def _hold(self, child: Child, holder: Pid, from_: Term, attempt: int) -> Term:
+        """Make ``holder`` the holder; the answer, or NOREPLY where it comes later."""
+        if child.holder != holder:
+            self._let_go(child)
+            child.holder, child.monitor = holder, self.me.monitor(holder)
+        if child.pid is None:
+            child.waiter, child.attempt = from_, attempt
+            self._expire_later(child, ADOPT_S if child.os_child is None else HELLO_S)
+        else:
+            self._hand_over(child, from_)
         return NOREPLY
 
-    def _choose(self, instance: str, rank: int) -> _Child | None:
-        """The child that already holds this rank's weights, else a spare, readiest first."""
-        free = [c for c in self.state.children.values() if c.holder is None]
-        for child in free:
-            if (child.instance, child.rank) == (instance, rank):
-                return child
-        spares = [c for c in free if not c.instance]
-        return min(spares, key=lambda c: c.pid is None, default=None)
+    def _hand_over(self, child: Child, from_: Term) -> None:
+        """Answer a lease, once the port has a link to the machine of its holder."""
+        port, holder = child.pid, child.holder
+        assert port is not None
+        assert holder is not None
+        leased = (Atom("ok"), child.port_id, port, child.identity.pid)
+        if holder.node == self.me.node.name:
+            gen_server.reply(self.me, from_, leased)
+            return
 
-    def _leased(self, child: _Child) -> Term:
-        assert child.pid is not None
-        return (Atom("ok"), child.port_id, child.pid, child.identity.pid)
+        async def connect(me: Process) -> None:
+            answer = await dial(me, port, str(holder.node))
+            gen_server.reply(me, from_, leased if answer == "ok" else answer)
+
+        self.me.spawn(connect, link=True, label=f"port {child.port_id} dials {holder.node}")
+
+    def _holder_down(self, child: Child, reason: Term) -> None:
+        if reason != "noconnection":
+            self._kill(child)
+            return
+        log.warning("port %s: its holder on another machine is out of reach", child.port_id)
+        self._let_go(child)
+        self._expire_later(child, ORPHAN_S)
+
+    def _let_go(self, child: Child) -> None:
+        if child.monitor is not None:
+            self.me.demonitor(child.monitor)
+        child.holder = child.monitor = child.waiter = None
+        child.version += 1
 
     def _release(self, port_id: str, from_: Term) -> None:
         child = self.state.children.get(port_id)
@@ -202,23 +269,23 @@ class Ports(GenServer):
             return Atom("unknown")
         child.pid = pid
         if child.waiter is not None:
-            gen_server.reply(self.me, child.waiter, self._leased(child))
-            child.waiter = None
+            waiter, child.waiter = child.waiter, None
+            self._hand_over(child, waiter)
         return Atom("welcome")
 
     # -- OS children -----------------------------------------------------------------------
 
-    def _start(self) -> _Child:
+    def _start(self) -> Child:
         self.state.started += 1
         port_id = f"{self._prefix}_{self.state.started}"
         os_child = self._start_port(port_id)
-        child = _Child(port_id, os_child.identity, os_child)
+        child = Child(port_id, os_child.identity, os_child)
         self.state.children[port_id] = child
         self._watch(child)
         self._write_records()
         return child
 
-    def _watch(self, child: _Child) -> None:
+    def _watch(self, child: Child) -> None:
         async def watch(me: Process) -> None:
             if child.os_child is not None:
                 text = _status_text(await child.os_child.wait())
@@ -242,11 +309,11 @@ class Ports(GenServer):
         for child in self._spares()[self._wanted_spares() :]:
             self._kill(child)
 
-    def _spares(self) -> list[_Child]:
-        return [c for c in self.state.children.values() if not c.instance and c.holder is None]
+    def _spares(self) -> list[Child]:
+        return [c for c in self.state.children.values() if not c.seat.instance and c.free]
 
     def _wanted_spares(self) -> int:
-        ranks = Counter(c.instance for c in self.state.children.values() if c.instance)
+        ranks = Counter(c.seat.instance for c in self.state.children.values() if c.seat.instance)
         return self._num_spares * max(ranks.values(), default=1)
 
     def _on_exit(self, port_id: str, text: str) -> None:
@@ -262,12 +329,12 @@ class Ports(GenServer):
         elif child.holder is not None:
             self.me.send(child.holder, (Atom("port_exit"), port_id, text))
         self._write_records()
-        if child.instance:
+        if child.seat.instance:
             self._later(self._trim_s, (Atom("trim_spares"),))
         else:
             self._later(1.0, (Atom("fill_spares"),))  # a spare that keeps dying must not spin
 
-    def _lease_again(self, child: _Child, text: str) -> None:
+    def _lease_again(self, child: Child, text: str) -> None:
         """A port ended before it was handed over: that is no fault of the rank, take another."""
         answer: Term = (
             Atom("error"),
@@ -275,20 +342,25 @@ class Ports(GenServer):
             f"{child.attempt} compute ports ended before they answered, the last, {child.port_id}, "
             f"{text}; see logs/port-{child.port_id}.log",
         )
-        if child.attempt < MAX_ATTEMPTS:
+        if child.attempt < MAX_ATTEMPTS and child.holder is not None:
             log.warning("port %s %s before it answered; taking another", child.port_id, text)
-            answer = self._lease(child.instance, child.rank, child.waiter, child.attempt + 1)
+            answer = self._lease(child.seat, child.holder, child.waiter, attempt=child.attempt + 1)
         if answer is not NOREPLY:
             gen_server.reply(self.me, child.waiter, answer)
 
-    def _expire(self, port_id: str) -> None:
+    def _expire_later(self, child: Child, after_s: float) -> None:
+        self._later(after_s, (Atom("expire"), child.port_id, child.version))
+
+    def _expire(self, port_id: str, version: int) -> None:
         child = self.state.children.get(port_id)
-        if child is None or (child.pid is not None and child.holder is not None):
+        if child is None or child.version != version:
+            return
+        if child.pid is not None and child.holder is not None:
             return
         log.warning("port %s did not come back in time or nobody wants it; killed", port_id)
         self._kill(child)
 
-    async def _gone(self, child: _Child) -> None:
+    async def _gone(self, child: Child) -> None:
         """Wait for the end of a child that was killed."""
         gone = await child.identity.wait_gone(timeout_s=KILL_S)
         if child.os_child is not None:
@@ -296,81 +368,40 @@ class Ports(GenServer):
         if not gone:
             log.error("port %s was killed but is still there", child.port_id)
 
-    def _kill(self, child: _Child) -> None:
+    def _kill(self, child: Child) -> None:
+        child.killed = True
         child.identity.kill_group()
 
     # -- former lives ----------------------------------------------------------------------
 
     def _adopt_records(self) -> None:
-        for record in _read_records(self._record_path):
-            identity = OsIdentity(record["os_pid"], record["started_s"])
-            if not identity.alive():
+        for child in read_records(self._record_path):
+            if not child.identity.alive():
                 continue
-            child = _Child(record["port_id"], identity, None)
-            child.instance, child.rank = record["instance"], record["rank"]
-            if not child.instance:  # a spare of a former life: cheaper to start a new one
-                identity.kill_group()
+            if not child.seat.instance:  # a spare of a former life: cheaper to start a new one
+                child.identity.kill_group()
                 continue
             self.state.children[child.port_id] = child
             self._watch(child)
-            self._later(ORPHAN_S, (Atom("expire"), child.port_id))
+            self._expire_later(child, ORPHAN_S)
 
     def _write_records(self) -> None:
-        rows = [
-            {
-                "port_id": c.port_id,
-                "os_pid": c.identity.pid,
-                "started_s": c.identity.started_s,
-                "instance": c.instance,
-                "rank": c.rank,
-            }
-            for c in self.state.children.values()
-        ]
-        temporary = self._record_path.with_suffix(".new")
-        try:
-            temporary.write_text(json.dumps(rows))
-            temporary.replace(self._record_path)
-        except OSError as exc:  # a full disk costs adoption after a crash, not service
-            log.error("cannot write %s: %s", self._record_path, exc)
+        write_records(self._record_path, self.state.children.values())
 
     def _later(self, delay_s: float, message: Term) -> None:
         self.me.send_after(delay_s, self.me.pid, message)
 
-    def _describe(self, child: _Child) -> Term:
-        return {
-            Atom("port_id"): child.port_id,
-            Atom("os_pid"): child.identity.pid,
-            Atom("instance"): child.instance,
-            Atom("rank"): child.rank,
-            Atom("connected"): child.pid is not None,
-            Atom("adopted"): child.os_child is None,
-        }
 
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text())
-        return [
-            {
-                "port_id": str(r["port_id"]),
-                "os_pid": _pid(r["os_pid"]),
-                "started_s": float(r["started_s"]),
-                "instance": str(r["instance"]),
-                "rank": int(r["rank"]),
-            }
-            for r in rows
-        ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, ArithmeticError, KeyError, TypeError) as exc:
-        log.error("cannot read %s: %s; ports of a former life end by themselves", path, exc)
-        return []
-
-
-def _pid(value: object) -> int:
-    if not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise ValueError(f"{value!r} is no pid")
-    return value
+def _describe(child: Child) -> Term:
+    return {
+        Atom("port_id"): child.port_id,
+        Atom("os_pid"): child.identity.pid,
+        Atom("instance"): child.seat.instance,
+        Atom("rank"): child.seat.rank,
+        Atom("holder"): child.holder or Atom("undefined"),
+        Atom("connected"): child.pid is not None,
+        Atom("adopted"): child.os_child is None,
+    }
 
 
 def _status_text(status: int) -> str:

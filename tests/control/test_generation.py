@@ -56,7 +56,7 @@ class Server(GenServer):
         match request:
             case ("submit", Ref() as ref, dict(options)):
                 self.me.spawn(lambda me: self._speak(me, from_[0], ref, options), link=True)
-                return (Atom("ok"), self.epoch)
+                return (Atom("ok"), self.epoch, self.me.pid)
             case _:
                 return None
 

@@ -16,17 +16,17 @@ from bridge import gen_server
 from bridge.epmd import Epmd
 from bridge.node import Node
 from bridge.process import Process
-from bridge.process_errors import StartError
 from bridge.term import Atom
 from control.os_process import OsChild, OsIdentity
 from control.ports import Ports
 from control.rank import Rank, RankLimits
+from control.rank_lease import Want
 from ops.port_starter import PortStarter
 from tests.cluster.live_node import free_tcp_port
 from tests.waiting import wait_until_async
 
 pytestmark = pytest.mark.slow
-PORTS = Atom("ports")
+PORTS, PORT = Atom("ports"), Atom("port")
 
 
 @asynccontextmanager
@@ -147,8 +147,11 @@ def test_a_program_that_cannot_run_is_an_error_to_the_leaseholder(tmp_path: Path
         with node.open_process() as me:
             answer = await gen_server.call(me, PORTS, (Atom("lease"), "i", 0))
             assert answer[:2] == ("error", "port_start")
-        with pytest.raises(StartError, match="no such program"):
-            await gen_server.start(node, Rank("i", 0))
+            pid = await gen_server.start(node, Rank(Want(instance="i", rank=0)))
+            monitor = me.monitor(pid)
+            down = await me.receive(lambda m: m if m[1] == monitor else None, timeout_s=5)
+            assert down[4][0] == "no_port"
+            assert "no such program" in down[4][1]
         await node.stop()
 
     asyncio.run(main())
@@ -200,7 +203,8 @@ def test_a_stopped_port_is_lost_after_its_silence(tmp_path: Path) -> None:
         async with broker(tmp_path) as (_, me):
             limits = RankLimits(silence_s=1.0, ping_s=0.5)
             me.trap_exit = True
-            pid = await gen_server.start_link(me, Rank("i", 0, limits))
+            pid = await gen_server.start_link(me, Rank(Want(instance="i", rank=0), limits))
+            assert (await gen_server.call(me, pid, PORT, timeout_s=20))[0] == "ok"
             known = await gen_server.call(me, pid, Atom("describe"))
             os.kill(known["os_pid"], signal.SIGSTOP)
             _, _, reason = await me.receive(
