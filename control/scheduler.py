@@ -147,7 +147,7 @@ class Scheduler(GenServer):
     async def handle_info(self, message: Term) -> None:
         instances = self._instances
         match message:
-            case ("instance", id_, state, Pid() as pid, int(epoch), text):
+            case ("instance", id_, state, Pid() as pid, int(epoch), text, *_):
                 instances.on_instance(text_of(id_), str(state), pid, epoch, text_of(text))
             case ("prepared", str(id_), InstanceSpec() as spec):
                 instances.on_prepared(id_, spec)
