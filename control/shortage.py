@@ -18,15 +18,16 @@ def shortage(on: Appraiser, groups: Sequence[Group], layers: tuple[range, ...]) 
     """What does not fit, with its numbers."""
     rows, count = [], on.cuts.spec.num_layers
     for number, group in enumerate(groups):
-        run, what = range(1), "one layer"
+        run, what, verb = range(1), "one layer", "takes"
         if layers or len(groups) == 1:
             run = layers[number] if layers else range(count)
-            what = f"layers {run.start} to {run.stop}"
+            what, verb = f"layers {run.start} to {run.stop}", "take"
+        if len(group.seats) > 1:
+            what, verb = f"its part of {what}", "takes"
         for seat, table in zip(group.seats, group.tables, strict=True):
             need = float(table.total_bytes[run.start, run.stop])
             if need > seat.free_bytes:
-                part = "" if len(group.seats) == 1 else "its part of "
-                rows.append(f"{seat} has {gb(seat.free_bytes)}, {part}{what} takes {gb(need)}")
+                rows.append(f"{seat} has {gb(seat.free_bytes)}, {what} {verb} {gb(need)}")
     if rows:
         more = f"; {len(rows) - MOST_NAMED} more" if rows[MOST_NAMED:] else ""
         return "; ".join(rows[:MOST_NAMED]) + more

@@ -322,7 +322,7 @@ def test_a_model_too_large_for_any_machine_runs_over_two() -> None:
     assert found.chosen is not None
     assert len(found.chosen.candidate.ranks) == 2
     alone = next(o for o in found.others if o.candidate.shape.num_ranks == 1)
-    assert "n0 cpu:0 has 0.40 GB, layers 0 to 6 takes 0.5" in alone.candidate.why
+    assert "n0 cpu:0 has 0.40 GB, layers 0 to 6 take 0.5" in alone.candidate.why
 
 
 def test_more_steps_in_flight_make_a_pipeline_worth_its_while() -> None:
