@@ -40,6 +40,12 @@ def _duration(value: Any) -> Any:
     return value
 
 
+def _some(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("no_tokens", "must be at least 1; -1 takes the room there is")
+    return value
+
+
 OllamaName = Annotated[ModelName, AfterValidator(_plain_name)]
 KeepAlive = Annotated[float | str, AfterValidator(_duration)]
 
@@ -52,7 +58,7 @@ class Options(Ask):
     top_p: float = Field(0.9, ge=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    num_predict: int | None = Field(None, ge=-2, le=MANY_TOKENS)
+    num_predict: Annotated[int, Field(ge=-2, le=MANY_TOKENS), AfterValidator(_some)] | None = None
     num_ctx: int | None = Field(None, ge=1, le=MANY_TOKENS)
     stop: StopTexts | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -70,12 +76,6 @@ class Options(Ask):
     low_vram: bool | None = Field(None, description=INERT)
     use_mmap: bool | None = Field(None, description=INERT)
     use_mlock: bool | None = Field(None, description=INERT)
-
-    @model_validator(mode="after")
-    def _check_num_predict(self) -> Options:
-        if self.num_predict == 0:
-            raise refused("options.num_predict", "at least 1; -1 and -2 take the room there is")
-        return self
 
     @property
     def max_tokens(self) -> int | None:

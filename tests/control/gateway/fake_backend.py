@@ -19,6 +19,7 @@ from control.backend import (
     LoadOptions,
     ModelInfo,
     OpenModel,
+    PullProgress,
     Readiness,
     TokenEvent,
 )
@@ -162,6 +163,7 @@ class FakeControl:
     asked: list[tuple[Any, ...]] = field(default_factory=list)
     ready: Readiness = field(default_factory=lambda: Readiness(True))
     happened: tuple[ClusterEvent, ...] = (ClusterEvent("instance", {"id": "tiny-1"}),)
+    pulled: tuple[PullProgress | Exception, ...] = ()
 
     async def topology(self) -> list[dict[str, Any]]:
         return [{"from": "a", "to": "b", "latency_s": 0.001}]
@@ -195,6 +197,20 @@ class FakeControl:
     async def swap(self, old: str, new: str) -> str:
         self.asked.append(("swap", old, new))
         return f"{new}-1"
+
+    async def pull(self, model: str) -> AsyncGenerator[PullProgress, None]:
+        self.asked.append(("pull", model))
+        if model == "nope":
+            raise UnknownModel(model, (MODEL,))
+        for step in self.pulled:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    async def remove(self, model: str) -> None:
+        self.asked.append(("remove", model))
+        if model != MODEL:
+            raise UnknownModel(model, (MODEL,))
 
 
 class NoSuchInstance(ControlError):

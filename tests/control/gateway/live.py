@@ -9,7 +9,9 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import anthropic
 import httpx
+import ollama
 import openai
 
 from control.backend import ClusterControl
@@ -33,6 +35,8 @@ class Live:
     port: int
     http: httpx.Client
     openai: openai.OpenAI
+    anthropic: anthropic.Anthropic
+    ollama: ollama.Client
 
     @property
     def url(self) -> str:
@@ -74,8 +78,12 @@ def serve(
             openai.OpenAI(
                 base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S
             ) as client,
+            anthropic.Anthropic(
+                base_url=url, api_key="none", max_retries=0, timeout=WAIT_S
+            ) as other,
+            ollama.Client(host=url, timeout=WAIT_S) as third,
         ):
-            yield Live(backend, loop, server, host, port, http, client)
+            yield Live(backend, loop, server, host, port, http, client, other, third)
         asyncio.run_coroutine_threadsafe(server.stop(0.5), loop).result(WAIT_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
