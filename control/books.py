@@ -5,17 +5,19 @@ Nothing here sends, waits or looks at a clock; the scheduler does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.term import Atom, Pid, Ref, Term
 from control.desired import Desired, Wanted
-from control.instance import History
 from control.instance_spec import InstanceSpec, describe_shape, describe_spec
 from control.load_options import MeshShape
+from control.moves import Tenant
 
 COMING_UP = ("pulling", "loading", "recovering")  # states that a request waits for
+RUNNING = ("loading", "recovering", "ready")  # that have processes
 
 
 @dataclass(slots=True)
@@ -24,8 +26,10 @@ class Record:
 
     Attributes:
         on_demand: a request brought it up; nobody asked for it to be kept.
+        retry: it failed for want of machines or memory: it may come up when there are more.
+        taken: memory that it was placed with, in bytes by node and pool.
         worker: process that brings it up or takes it down.
-        group: monitor of its supervisor; ``watch``: of its coordinator.
+        group: monitor of its supervisor.
         reply_to: who waits for the answer of ``load``; ``leavers``: of ``unload``.
     """
 
@@ -37,14 +41,14 @@ class Record:
     text: str = ""
     epoch: int = 0
     ever_ready: bool = False
+    retry: bool = False
     spec: InstanceSpec | None = None
+    taken: dict[tuple[str, str], int] = field(default_factory=dict)
     coordinator: Pid | None = None
-    watch: Ref | None = None
     worker: Pid | None = None
     group: Ref | None = None
     reply_to: Term = None
     leavers: list[Term] = field(default_factory=list)
-    history: History = field(default_factory=History)
 
     def describe(self) -> dict[Any, Term]:
         """The instance's map as far as the books know it; its coordinator knows more."""
@@ -69,14 +73,6 @@ class Record:
             Atom("active_requests"): 0,
             Atom("ranks"): [],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """An instance is ready."""
-
-    instance: str
-    coordinator: Pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +113,27 @@ class Books:
     def remove(self, instance: str) -> None:
         self._records.pop(instance, None)
 
-    def memory_bytes(self, but: str) -> int:
-        """Memory of this machine that every instance but one was placed with."""
-        return sum(
-            rank.memory_bytes
+    def used(self, but: str = "") -> dict[tuple[str, str], int]:
+        """Memory that every instance but one was placed with, in bytes by node and pool."""
+        total: Counter[tuple[str, str]] = Counter()
+        for record in self:
+            if record.state != "failed" and record.id != but:
+                total.update(record.taken)
+        return dict(total)
+
+    def tenants(self, but: str) -> list[Tenant]:
+        """Every instance but one that runs, as what might make room."""
+        return [
+            Tenant(
+                id=record.id,
+                node=record.spec.head_node,
+                wanted=not record.on_demand,
+                priority=record.wanted.options.priority,
+                bytes=dict(record.taken),
+            )
             for record in self
-            if record.spec is not None and record.state != "failed" and record.id != but
-            for rank in record.spec.ranks
-        )
+            if record.id != but and record.spec is not None and record.state in RUNNING
+        ]
 
     def ids(self) -> list[str]:
         return list(self._records)
@@ -133,29 +142,26 @@ class Books:
         """The oldest record that meets ``condition``."""
         return next((record for record in self if condition(record)), None)
 
-    def new_id(self, model: str, desired: Desired) -> str:
-        """``<model>-N``, free in the books and in the desired state."""
+    def new_id(self, model: str, desired: Desired, others: Iterable[str] = ()) -> str:
+        """``<model>-N``, free in the books, in the desired state and among ``others``."""
         last = model.rstrip("/").rpartition("/")[2]  # of a path or a hub reference
         slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in last.lower()).strip("-")
-        taken = {*self._records, *(wanted.id for wanted in desired.wanted)}
+        taken = {*self._records, *(wanted.id for wanted in desired.wanted), *others}
         number = 1
         while f"{slug}-{number}" in taken:
             number += 1
         return f"{slug}-{number}"
 
     def target_of(self, name: str) -> str | None:
-        """What ``route`` takes for an instance's id, a loaded model's id or its reference."""
+        """What ``outlook`` takes for an instance's id, a loaded model's id or its reference."""
         if name in self:
             return name
         record = self.first(lambda r: name in (r.model, r.wanted.model))
         return record.model if record else None
 
-    def route(self, model: str) -> Served | ComingUp | Failed | Absent:
-        """Who serves ``model``: any of its instances, or the very one that it names."""
+    def outlook(self, model: str) -> ComingUp | Failed | Absent:
+        """Whether ``model`` is worth waiting for: any of its instances, or the one it names."""
         mine = [record for record in self if model in (record.id, record.model)]
-        for record in mine:
-            if record.state == "ready" and record.coordinator is not None:
-                return Served(record.id, record.coordinator)
         if any(r.state in COMING_UP or r.state == "ready" for r in mine):
             return ComingUp()
         failed = [record for record in mine if record.state == "failed"]

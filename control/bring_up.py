@@ -1,191 +1,309 @@
-"""What takes long in the life of an instance, each in a process of its own.
+"""What takes long on the way of an instance into being: a process of its own for each.
 
-Fetch and check the files, start the group, drain and end it, and find out after a restart
-of the scheduler what runs. Results go to the scheduler's books as messages.
+Files are found or fetched, its place is chosen, every machine gets what its ranks need, and the
+head's machine starts the group. Results go to the scheduler's books as messages:
+
+============================================  ================================================
+``{fetching, Id}``                            files come from outside: it takes its time
+call ``{place_turn, Id}``                     ``{ok, Used, Tenants}``: nobody else places until it
+                                              says ``placed``, ``failed``, ``make_room`` or ends
+``{placed, Id, Taken}``                       bytes that it will take, by node and pool
+``{prepared, Id, Spec}``                      every machine has its files
+``{started, Id, Group}``                      its processes are there
+``{failed, Id, Kind, Text}``                  it came to nothing
+``{make_room, Id, Ids}``                      it would fit without these
+============================================  ================================================
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from bridge import gen_server
 from bridge.process import Process
-from bridge.show import show
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
+from control import model_files
+from control.choose import choose
 from control.errors import ControlError
-from control.instance import History, instance_child
-from control.instance_spec import InstanceSpec, RankSpec
+from control.fleet import Fleet, read_fleet
+from control.instance_spec import InstanceSpec, RankSpec, spec_term
 from control.load_options import LoadOptions
-from control.placement import decide
-from control.placement_request import Defaults, Host, Request
-from control.placement_types import MEMORY
-from control.rank import RankLimits
-from control.reconcile import Running
-from models.checkpoint import open_checkpoint
+from control.model_files import Roles
+from control.moves import Tenant, victims
+from control.names import wait_for_names
+from control.placement_request import Defaults, Request
+from control.placement_types import Candidate, Placement, RankPlace
+from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import ModelError
+from models.needed import needed_ranges
 
-TREE_UP_S = 60.0
-POLL_S = 0.02
-FETCH_S = 7 * 24 * 3600.0  # the store gives up on a stalled download itself
-START_S = 120.0
-END_S = 60.0
-ASK_S = 5.0
+START_S: Final = 150.0
+ASK_S: Final = 5.0
+TURN_S: Final = 600.0
+KEEP_WHOLE_BYTES: Final = 8 * 10**9  # up to here machines with the storage role keep all of it
+Used = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One instance to bring up: what was asked, defaults for the rest, and where."""
+    """One instance to bring up: what was asked, and defaults for the rest.
+
+    Attributes:
+        ref: what the model's files are asked for by.
+        first_epoch: epochs that it has had.
+        avoid: machines that run the same model already; taken only where there is no other way.
+    """
 
     id: str
     model: str
     ref: str
     options: LoadOptions
     defaults: Defaults
-    host: Host
+    wanted: bool = True
+    first_epoch: int = 0
+    avoid: frozenset[str] = frozenset()
 
 
-async def bring_up(
-    me: Process, plan: Plan, *, history: History, limits: RankLimits, books: Pid
-) -> None:
-    """Fetch, check, start. Tells ``books``: ``prepared`` and ``started``, or ``failed``."""
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a model's files are.
+
+    Attributes:
+        sources: machines with all of them, best first.
+        paths: of what each machine has whole.
+    """
+
+    sources: list[str]
+    paths: dict[str, Path]
+
+
+async def bring_up(me: Process, plan: Plan, books: Pid) -> None:
+    """Fetch, choose, distribute, start; tells ``books``, see above."""
 
     def failed(kind: str, text: str) -> None:
         me.send(books, (Atom("failed"), plan.id, Atom(kind), text))
 
-    await wait_for_names(me, ("model_store", "ports", "instance_sup"))
-    match await gen_server.call(
-        me, Atom("model_store"), (Atom("ensure"), plan.ref), timeout_s=FETCH_S
-    ):
-        case ("ok", found):
-            path = Path(text_of(found))
-        case ("error", kind, text):
-            failed(str(kind), text_of(text))
-            return
-        case other:
-            failed("model_store", repr(other))
-            return
+    await wait_for_names(me, ("model_store", "membership", "election"))
     try:
-        spec = await asyncio.to_thread(_decide, path, plan)
+        fleet = await read_fleet(me)
+        files = await _find_files(me, plan, fleet, books)
+        header = await _header(me, plan.ref, files)
+        checkpoint = await asyncio.to_thread(open_checkpoint, header)
+        turn: Term = (Atom("place_turn"), plan.id)
+        _, used, tenants = await gen_server.call(me, books, turn, timeout_s=TURN_S)
+        fleet = (await read_fleet(me)).with_used(used).with_files(files.sources)
+        request = Request.of(plan.model, plan.options, checkpoint.spec, plan.defaults)
+        placement = await asyncio.to_thread(_choose, plan, request, fleet, checkpoint)
+        if placement.chosen is None:
+            going = await _make_room(me, plan, request, fleet, checkpoint, used, tenants)
+            if going:
+                me.send(books, (Atom("make_room"), plan.id, going))
+                return
+            assert placement.refusal is not None
+            raise placement.refusal
+        me.send(books, (Atom("placed"), plan.id, _taken(placement.chosen)))
+        spec = await _distribute(me, plan, fleet, placement, checkpoint, files)
     except (ModelError, ControlError) as exc:
         failed(exc.kind, str(exc))
         return
+    except gen_server.CallError as exc:
+        failed("internal_error", str(exc))
+        return
     me.send(books, (Atom("prepared"), plan.id, spec))
-    child = instance_child(spec, history, limits)
-    match await gen_server.call(
-        me, Atom("instance_sup"), (Atom("start_child"), child), timeout_s=START_S
-    ):
+    await start(me, spec, books)
+
+
+async def start(me: Process, spec: InstanceSpec, books: Pid) -> None:
+    """Have the head's machine start the group, while this node may place."""
+
+    def failed(kind: str, text: str) -> None:
+        me.send(books, (Atom("failed"), spec.id, Atom(kind), text))
+
+    try:
+        right = await gen_server.call(me, Atom("election"), Atom("authority"), timeout_s=ASK_S)
+        match right:
+            case ("ok", int(epoch), _, _):
+                order: Term = (Atom("start"), me.node.name, epoch, spec_term(spec))
+            case ("error", kind, text):
+                failed(str(kind), text_of(text))
+                return
+            case other:
+                failed("internal_error", repr(other)[:300])
+                return
+        dest = (Atom("agent"), Atom(spec.head_node))
+        answer = await gen_server.call(me, dest, order, timeout_s=START_S)
+    except gen_server.CallError as exc:
+        failed("start_failed", f"{spec.head_node} did not start it: {exc}")
+        return
+    match answer:
         case ("ok", Pid() as group):
-            me.send(books, (Atom("started"), plan.id, group))
+            me.send(books, (Atom("started"), spec.id, group))
+        case ("error", kind, text):
+            failed(str(kind), text_of(text))
         case other:
-            failed("start_failed", f"its processes did not start: {show(other, 500)}")
+            failed("start_failed", repr(other)[:300])
 
 
-def _decide(path: Path, plan: Plan) -> InstanceSpec:
-    """Read the model's header and place it, before anything starts.
+def here(me: Process) -> str:
+    """This machine."""
+    return str(me.node.name)
 
-    Raises:
-        ModelError: the file is damaged, of a kind that is not supported, or cannot be cut as
-            asked for.
-        BadOption: the model or the machine cannot do what was asked for.
-        NoPlacement: a rank would take more memory than this machine lends.
-    """
-    checkpoint = open_checkpoint(path)
-    request = Request.of(plan.model, plan.options, checkpoint.spec, plan.defaults)
-    placement = decide(request, (plan.host,), checkpoint.spec, checkpoint)
-    if placement.chosen is None:
-        assert placement.refusal is not None
-        raise placement.refusal
+
+def roles_of(fleet: Fleet) -> Roles:
+    """Of the machines that are up."""
+    return {member.host.name: member.roles for member in fleet.members}
+
+
+async def _find_files(me: Process, plan: Plan, fleet: Fleet, books: Pid) -> Files:
+    """Machines with the files; where there is none, one fetches them. Raises NoFiles."""
+    roles = roles_of(fleet)
+    located = await model_files.locate(me.node, plan.ref, fleet.nodes)
+    sources = model_files.best_sources(located, roles, here(me))
+    paths = {name: path for name in sources if (path := located[name].path) is not None}
+    if not sources:
+        me.send(books, (Atom("fetching"), plan.id))
+        fetcher = model_files.best_fetcher(roles, here(me))
+        paths = {fetcher: await model_files.fetch(me.node, fetcher, plan.ref)}
+        sources = [fetcher]
+    return Files(sources, paths)
+
+
+async def _header(me: Process, ref: str, files: Files) -> Path:
+    """What this machine needs of a model to plan it. Raises NoFiles."""
+    if here(me) in files.paths:
+        return files.paths[here(me)]
+    return await model_files.bring(me.node, here(me), ref, files.sources, Atom("header"))
+
+
+def _choose(plan: Plan, request: Request, fleet: Fleet, checkpoint: Checkpoint) -> Placement:
+    """Place it, replicas apart where that can be. Raises BadOption, ModelError."""
+
+    def on(machines: Fleet) -> Placement:
+        return choose(request, machines, checkpoint.spec, checkpoint, goal=plan.options.goal)
+
+    apart = fleet.without(plan.avoid) if plan.avoid else fleet
+    if plan.avoid and apart.computing:
+        found = on(apart)
+        if found.chosen is not None:
+            return found
+    return on(fleet)
+
+
+async def _make_room(
+    me: Process,
+    plan: Plan,
+    request: Request,
+    fleet: Fleet,
+    checkpoint: Checkpoint,
+    used: Used,
+    tenants: Sequence[Tenant],
+) -> list[str]:
+    """The fewest, least needed instances without which it would fit; empty where none will do."""
+    known = await asyncio.gather(*(_idle(me, tenant) for tenant in tenants))
+    free, going = dict(used), []
+    for one in victims(list(known), wanted=plan.wanted, priority=plan.options.priority):
+        going.append(one.id)
+        for pool, size in one.bytes.items():
+            free[pool] = max(0, free.get(pool, 0) - size)
+        less = fleet.with_used(free)
+        found = await asyncio.to_thread(_choose, plan, request, less, checkpoint)
+        if found.chosen is not None:
+            return going
+    return []
+
+
+async def _idle(me: Process, tenant: Tenant) -> Tenant:
+    """With what its coordinator says of its requests."""
+    try:
+        dest = (Atom(tenant.id), Atom(tenant.node))
+        idle_s = await gen_server.node_call(me.node, dest, Atom("idle"), timeout_s=ASK_S)
+    except gen_server.CallError:  # it is not serving
+        return tenant
+    return tenant.with_idle(float(idle_s))
+
+
+async def _distribute(
+    me: Process,
+    plan: Plan,
+    fleet: Fleet,
+    placement: Placement,
+    checkpoint: Checkpoint,
+    files: Files,
+) -> InstanceSpec:
+    """Every machine gets what its ranks need; then what to run. Raises NoFiles."""
+    chosen = placement.chosen
+    assert chosen is not None
+    nodes = {rank.node for rank in chosen.ranks}
+    roles = roles_of(fleet)
+
+    async def bring(name: str) -> Path:
+        if name in files.paths:
+            return files.paths[name]
+        part: Term = Atom("whole")
+        keeps = "storage" in roles.get(name, ()) and checkpoint.size_bytes <= KEEP_WHOLE_BYTES
+        if not keeps:
+            mine = [rank for rank in chosen.ranks if rank.node == name]
+            part = await asyncio.to_thread(_part, checkpoint, mine)
+        return await model_files.bring(me.node, name, plan.ref, files.sources, part)
+
+    names = sorted(nodes)
+    paths = dict(zip(names, await asyncio.gather(*(bring(name) for name in names)), strict=True))
+    request = placement.request
     return InstanceSpec(
         id=plan.id,
         model=plan.model,
         context_tokens=request.context_tokens,
         num_slots=request.num_slots,
-        shape=placement.chosen.shape,
+        shape=chosen.shape,
         ranks=tuple(
             RankSpec(
                 node=rank.node,
-                path=path,
+                path=paths[rank.node],
                 device=rank.told,
                 pool=rank.pool,
                 threads=rank.threads,
-                memory_bytes=rank.needs.total_bytes if rank.pool == MEMORY else 0,
+                memory_bytes=rank.needs.total_bytes,
                 limit_bytes=rank.limit_bytes,
             )
-            for rank in placement.chosen.ranks
+            for rank in chosen.ranks
         ),
         experts=request.experts or "inside",
         engine=placement.engine,
+        first_epoch=plan.first_epoch,
+        addresses=fleet.addresses_of(nodes),
     )
 
 
-async def take_down(
-    me: Process, instance: str, coordinator: Pid | None, drain_s: float, books: Pid
-) -> None:
-    """Let active requests finish for ``drain_s``, then end the group. Tells ``stopped``."""
-    if coordinator is not None:
-        # An error: it is gone, or its clients take longer than they are given.
-        with contextlib.suppress(gen_server.CallError):
-            await gen_server.call(me, coordinator, Atom("drain"), timeout_s=drain_s)
-    # An error: instance_sup is ending, and its children with it.
-    with contextlib.suppress(gen_server.CallError):
-        await gen_server.call(
-            me,
-            Atom("instance_sup"),
-            (Atom("terminate_child"), Atom(instance)),
-            timeout_s=END_S,
-        )
-    me.send(books, (Atom("stopped"), instance))
+def _taken(chosen: Candidate) -> dict[tuple[str, str], int]:
+    taken: Counter[tuple[str, str]] = Counter()
+    for rank in chosen.ranks:
+        taken[rank.node, rank.pool] += rank.needs.total_bytes
+    return dict(taken)
 
 
-async def running_instances(me: Process) -> list[Running]:
-    """Each instance that runs, once the tree is up."""
-    await wait_for_names(me, ("model_store", "ports", "instance_sup"))
-    found: list[Running] = []
-    for id_, group, _, _ in await _which_children(me):
-        if not isinstance(group, Pid):
-            continue
-        await wait_for_names(me, (text_of(id_),), timeout_s=ASK_S)
-        try:
-            spec, history = await gen_server.call(me, id_, Atom("books"), timeout_s=ASK_S)
-            found.append((spec, group, history))
-        except gen_server.CallError:  # a group in trouble: ended here, started anew from desired
-            await take_down(me, text_of(id_), None, 0.0, me.pid)
+def _part(checkpoint: Checkpoint, ranks: Sequence[RankPlace]) -> Term:
+    """Byte ranges of the checkpoint's files that these ranks read, all together."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for rank in ranks:
+        for name, parts in needed_ranges(checkpoint, rank.shard).items():
+            ranges.setdefault(name, []).extend(parts)
+    return (
+        Atom("ranges"),
+        {name: [tuple(part) for part in _merged(parts)] for name, parts in ranges.items()},
+    )
+
+
+def _merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(parts):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((begin, end))
     return found
-
-
-async def is_supervisor_up(me: Process) -> bool:
-    """Whether ``instance_sup`` goes on; False when it is ending or has ended.
-
-    An ending supervisor answers nothing until it is gone, so the call finds out either way.
-    """
-    try:
-        await _which_children(me)
-    except gen_server.CallError:
-        return False
-    return True
-
-
-async def _which_children(me: Process) -> list[tuple[Any, Term, Term, Term]]:
-    answer = await gen_server.call(
-        me, Atom("instance_sup"), Atom("which_children"), timeout_s=START_S
-    )
-    return list(answer)
-
-
-async def wait_for_names(
-    me: Process, names: Iterable[str], *, timeout_s: float = TREE_UP_S
-) -> None:
-    """Wait until all ``names`` are registered, or the time is over (the next call then says so)."""
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + timeout_s
-    # Names have no event; this runs at start-up only.
-    while loop.time() < deadline_s and any(  # noqa: ASYNC110
-        me.node.whereis(n) is None for n in names
-    ):
-        await asyncio.sleep(POLL_S)

@@ -9,6 +9,7 @@ call ``authority``                      ``{ok, Epoch, ForS, Roster}``: this node
                                         ``ForS`` seconds more; or ``{error, no_authority, Text}``
 call ``{obey, Node, Epoch}``            ``ok``, or ``{error, old_epoch, Text}``: whether a
                                         command that Node sent as leader of Epoch may be obeyed
+cast ``leadership``                     the local ``scheduler`` is told again who leads
 cast ``{commands_seen, N}``             the cluster has seen N commands: the version of the
                                         desired state, which grows by one with each
 cast ``{documents_safe, {E, N}}``       a quorum of the roster with this stamp has the desired
@@ -174,6 +175,9 @@ class Election(GenServer):
 
     async def handle_cast(self, message: Term) -> None:
         match message:
+            case "leadership":
+                s = self.state
+                self._tell_scheduler(Changed(s.leader, s.leading or s.promise.epoch, s.sure))
             case ("commands_seen", int(commands)):
                 self._take(CommandsSeen(commands))
             case ("documents_safe", (int(epoch), int(number))):
@@ -248,7 +252,10 @@ class Election(GenServer):
                 Atom("authority"): change.authority,
             },
         )
-        roster = roster_term(self.state.roster)
+        self._tell_scheduler(change)
+
+    def _tell_scheduler(self, change: Changed) -> None:
+        leader, roster = Atom(change.leader or "undefined"), roster_term(self.state.roster)
         told = (Atom("leadership"), leader, change.epoch, change.authority, roster)
         self.me.send(Atom("scheduler"), told)
 

@@ -1,45 +1,67 @@
-"""Who serves a model: answers for ``find``, those who wait for one, and loads on demand."""
+"""Who serves a model: answers for ``find``, those who wait for one, and loads on demand.
+
+A ready instance is found from what coordinators tell every node. What else there is to know of a
+model the leader knows: another node asks it, and asks the next one when it is lost.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY
 from bridge.process import Process
-from bridge.term import Atom, Term
-from control.books import Absent, Books, ComingUp, Failed, Served
-from control.desired import DesiredFile
+from bridge.term import Atom, Pid, Term
+from control.books import Absent, Books, ComingUp, Failed
+from control.desired_state import DesiredState
 from control.errors import ControlError
 from control.lookup import Lookup
+from control.routes import Routes
 
 LoadModel = Callable[[str], object]  # raises ControlError
 
-DEMAND_RETRY_S = 10.0  # after a load on demand failed, before the next request tries again
+DEMAND_RETRY_S: Final = 10.0  # after a load on demand failed, before the next request tries again
+RELAY_S: Final = 600.0
+NO_LEADER_S: Final = 15.0  # that somebody waits for a leader who might know more
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    target: str
+    from_: Term
+    since_s: float
 
 
 class Finder:
-    """Answers from the books; what cannot be answered yet waits here.
+    """Answers from routes and books; what cannot be answered yet waits here.
 
     Args:
         me: the scheduler's process, which replies.
+        now_s: a clock.
         load: brings a model up on demand; None where ``autoload`` is off.
     """
 
     def __init__(
         self,
         me: Process,
+        routes: Routes,
         books: Books,
-        desired: DesiredFile,
+        desired: DesiredState,
         lookup: Lookup,
         *,
+        now_s: Callable[[], float],
         load: LoadModel | None,
     ) -> None:
-        self._me, self._books, self._desired = me, books, desired
-        self._lookup, self._load = lookup, load
-        self._waiting: list[tuple[str, Term]] = []  # (model id, From)
+        self._me, self._routes, self._books, self._desired = me, routes, books, desired
+        self._lookup, self._now_s, self._load = lookup, now_s, load
+        self._waiting: list[_Waiting] = []
+        self._relays: dict[str, Pid] = {}  # what another node's scheduler is asked
         self._demand_failed: dict[str, tuple[float, str]] = {}  # model -> (when, why)
+        self.leader = ""  # whom to ask; empty: nobody, or this node while it takes stock
+        self.leading = False
 
     @property
     def num_waiting(self) -> int:
@@ -49,9 +71,10 @@ class Finder:
     def find(self, name: str, from_: Term) -> Term:
         """Answer for ``find``, or NOREPLY: ``from_`` waits. Raises UnknownModel."""
         target = self.target(name)
-        answer = self._route(target)
+        answer = self._answer(target)
         if answer is None:
-            self._waiting.append((target, from_))
+            self._waiting.append(_Waiting(target, from_, self._now_s()))
+            self._ask_leader()
             return NOREPLY
         return answer
 
@@ -63,26 +86,34 @@ class Finder:
         """
         if name == "default" and self._desired.now.default:
             return self._desired.now.default
-        return self._books.target_of(name) or self._lookup.card_of(name)
+        known = self._books.target_of(name) or self._routes.target_of(name)
+        if known is None and any(name in (w.id, w.model) for w in self._desired.now.wanted):
+            return name
+        return known or self._lookup.card_of(name)
 
-    def _route(self, model: str) -> Term | None:
+    def _answer(self, target: str) -> Term | None:
         """An answer for ``find``, or None while it is worth waiting."""
-        match self._books.route(model):
-            case Served(instance, coordinator):
-                return (Atom("ok"), instance, coordinator)
+        route = self._routes.pick(target)
+        if route is not None:
+            return (Atom("ok"), route.id, route.pid)
+        if not self.leading:
+            return None
+        match self._books.outlook(target):
             case ComingUp():
                 return None
             case Failed(text):
                 return (Atom("error"), Atom("failed"), text)
             case Absent():
                 if self._load is not None:
-                    return self._demand(model, self._load)
-                return (Atom("error"), Atom("not_loaded"), f"no instance of {model} runs here")
+                    return self._demand(target, self._load)
+                return (Atom("error"), Atom("not_loaded"), f"no instance of {target} runs here")
+
+    # -- by the leader ---------------------------------------------------------------------
 
     def _demand(self, model: str, load: LoadModel) -> Term | None:
         """Load ``model`` for whoever asks, unless that has just failed."""
         failed_s, why = self._demand_failed.get(model, (0.0, ""))
-        if why and asyncio.get_running_loop().time() - failed_s < DEMAND_RETRY_S:
+        if why and self._now_s() - failed_s < DEMAND_RETRY_S:
             return (Atom("error"), Atom("failed"), why)
         self._demand_failed.pop(model, None)
         try:
@@ -93,22 +124,71 @@ class Finder:
 
     def on_demand_failed(self, model: str, why: str) -> None:
         """A load on demand failed: its askers are told, the next one after a while tries again."""
-        self._demand_failed[model] = (asyncio.get_running_loop().time(), why)
+        self._demand_failed[model] = (self._now_s(), why)
 
     def serve_waiting(self) -> None:
         """Answer those for whom there is an answer now."""
         waiting, self._waiting = self._waiting, []
-        for model, from_ in waiting:
-            answer = self._route(model)
+        for one in waiting:
+            answer = self._answer(one.target)
             if answer is None:
-                self._waiting.append((model, from_))
+                self._waiting.append(one)
             else:
-                gen_server.reply(self._me, from_, answer)
+                gen_server.reply(self._me, one.from_, answer)
 
-    def path_of(self, name: str) -> Term:
-        """Answer for ``path``. Raises UnknownModel."""
-        target = self.target(name)
-        record = self._books.first(lambda r: target in (r.id, r.model) and r.spec is not None)
-        if record is None or record.spec is None:
-            return (Atom("error"), Atom("not_loaded"), f"no instance of {target} runs here")
-        return (Atom("ok"), target, str(record.spec.path), record.spec.context_tokens)
+    # -- by asking the leader --------------------------------------------------------------
+
+    def follow(self, leader: str, *, leading: bool) -> None:
+        """Another node leads, or this one (``leading`` once its books are complete)."""
+        if leader != self.leader:
+            for relay in self._relays.values():
+                self._me.exit(relay, Atom("kill"))
+            self._relays.clear()
+        self.leader, self.leading = leader, leading
+        self.serve_waiting()
+        self._ask_leader()
+
+    def _ask_leader(self) -> None:
+        """One question a model, however many wait."""
+        if not self.leader or self.leading or self.leader == self._me.node.name:
+            return
+        for target in dict.fromkeys(one.target for one in self._waiting):
+            if target not in self._relays:
+                self._relays[target] = self._relay(target, self.leader)
+
+    def _relay(self, target: str, leader: str) -> Pid:
+        async def ask(me: Process) -> None:
+            answer: Term = Atom("lost")
+            with contextlib.suppress(gen_server.CallError):
+                dest = (Atom("scheduler"), Atom(leader))
+                asked: Term = (Atom("find"), target)
+                answer = await gen_server.node_call(me.node, dest, asked, timeout_s=RELAY_S)
+            me.send(self._me.pid, (Atom("relayed"), target, answer))
+
+        return self._me.spawn(ask, link=True, label=f"ask {leader} for {target}")
+
+    def on_relayed(self, target: str, answer: Term) -> None:
+        """What the leader said, or that it was lost."""
+        self._relays.pop(target, None)
+        if answer == "lost":
+            return  # the next tick asks again, whoever leads then
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if one.target == target:
+                gen_server.reply(self._me, one.from_, answer)
+            else:
+                self._waiting.append(one)
+
+    def tick(self) -> None:
+        """About once a second: ask again, and tell those who have waited too long for a leader."""
+        self._ask_leader()
+        if self.leader:
+            return
+        early_s = self._now_s() - NO_LEADER_S
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if one.since_s > early_s:
+                self._waiting.append(one)
+                continue
+            text = f"no leader for {NO_LEADER_S:.0f} s, and nothing here serves {one.target}"
+            gen_server.reply(self._me, one.from_, (Atom("error"), Atom("no_leader"), text))

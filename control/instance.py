@@ -7,6 +7,7 @@ kept here: whoever asked keeps its own journal entry and asks the new epoch to g
 ================================================  ==========================================
 call ``{submit, Ref, #{...}}``                    ``{ok, Epoch, Port}`` | ``{error, Kind, Text}``
 call ``describe``                                 the instance's map of CONTRACT section 3
+call ``idle``                                     seconds since its last request ended, or 0.0
 call ``drain``                                    ``ok`` once no request is active
 cast ``{progress, Ref}``                          this epoch has served a token
 info ``announce`` | ``{announce, Pid}``           says its state to all, or to that pid's
@@ -80,6 +81,7 @@ class Coordinator(GenServer):
         self._active: dict[Ref, Ref] = {}  # monitor of the requester -> its request
         self._drainers: list[Term] = []
         self._ready_s = 0.0
+        self._used_s = time.monotonic()  # when its last request ended
 
     def format_state(self) -> Term:
         return {
@@ -105,8 +107,12 @@ class Coordinator(GenServer):
                 return await self._describe()
             case "books":  # local only: the scheduler takes over after its own restart
                 return (self.spec, self._history)
+            case "idle":
+                return 0.0 if self._active else time.monotonic() - self._used_s
             case "drain":
-                self.state = "draining"
+                if self.state != "draining":
+                    self.state = "draining"
+                    self._tell_schedulers("")  # nobody is sent here any more
                 self._drainers.append(from_)
                 self._end_drain()
                 return NOREPLY
@@ -175,6 +181,7 @@ class Coordinator(GenServer):
     def _forget(self, monitor: Ref, requester: Pid) -> None:
         """A requester ended. A port hears so itself, but late where a machine just vanished."""
         ref = self._active.pop(monitor, None)
+        self._used_s = time.monotonic()
         if ref is not None and requester.node != self.me.node.name:
             gen_server.cast(self.me, self._head, (Atom("cancel"), ref))
         self._end_drain()
@@ -223,7 +230,10 @@ class Coordinator(GenServer):
 
     def _tell_scheduler(self, node: str, text: str) -> None:
         state = (Atom(self.state), self.me.pid, self.epoch, text)
-        more: Term = {Atom("model"): self.spec.model}
+        more: Term = {
+            Atom("model"): self.spec.model,
+            Atom("context_tokens"): self.spec.context_tokens,
+        }
         to = Atom("scheduler") if node == self.me.node.name else (Atom("scheduler"), Atom(node))
         self.me.send(to, (Atom("instance"), self.spec.id, *state, more))
 

@@ -1,49 +1,41 @@
-"""Life of the instances of a node: brought up, changing state, failing, gone.
+"""Life of the cluster's instances, as the leader keeps it: brought up, moved, failing, gone.
 
-The scheduler's hands: what it hears of its helpers and of coordinators ends in a method here.
+The scheduler's hands: what it hears of its helpers, of coordinators and of machines ends in a
+method here. Only the leader has one; another leader begins with what runs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
+from typing import Any, Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY
 from bridge.process import Process
 from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
-from control import bring_up
-from control.books import Books, Record
-from control.desired import DesiredFile, Wanted
-from control.errors import ControlError, NotReady
+from bridge.text import text_of
+from control import bring_up, group_orders
+from control.books import RUNNING, Books, Record
+from control.desired_state import DesiredState
+from control.errors import ControlError
 from control.events import publish
 from control.instance_spec import InstanceSpec
-from control.lookup import Lookup, Resolved
-from control.machine import Machine
-from control.placement_request import Defaults, Host, host_of
-from control.rank import RankLimits
-from control.reconcile import Running, reconcile
+from control.lookup import Lookup
+from control.moves import Moves
+from control.placement_request import Defaults
+from control.reconcile import Running, Verdict
+from control.turns import Turns
 
 log = logging.getLogger("control.scheduler")
 
-DRAIN_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """On what terms models run on this machine.
-
-    Attributes:
-        refuse: why none may run at all (the machine's roles), or empty.
-    """
-
-    defaults: Defaults
-    limits: RankLimits
-    machine: Callable[[], Machine]
-    refuse: str = ""
+DRAIN_S: Final = 30.0
+RETRY_S: Final = 10.0
+# Reasons of a failure that more machines, or more memory, may mend.
+MENDABLE: Final = frozenset({"no_placement", "start_failed", "model_store_lost", "no_authority"})
 
 
 class Instances:
@@ -51,6 +43,8 @@ class Instances:
 
     Args:
         me: the scheduler's process: helpers are linked to it and report to it.
+        up: the machines that are, this one among them.
+        now_s: a clock.
         on_change: called when an answer for those who wait may have changed.
         on_demand_failed: told model and reason when a load that a request began came to nothing.
     """
@@ -59,76 +53,152 @@ class Instances:
         self,
         me: Process,
         books: Books,
-        desired: DesiredFile,
+        desired: DesiredState,
         lookup: Lookup,
-        terms: Terms,
+        defaults: Defaults,
         *,
+        up: Callable[[], Collection[str]],
+        now_s: Callable[[], float],
         on_change: Callable[[], None],
         on_demand_failed: Callable[[str, str], None],
     ) -> None:
         self._me, self._books, self._desired = me, books, desired
-        self._lookup, self._terms = lookup, terms
+        self._lookup, self._defaults = lookup, defaults
+        self._up, self._now_s = up, now_s
         self._on_change, self._on_demand_failed = on_change, on_demand_failed
+        self.moves = Moves()
+        self.turns = Turns(me)
         self.stopping = False  # from then on groups end by no fault of theirs
 
-    def begin(self, record: Record, resolved: Resolved) -> Record:
-        """Bring ``record`` up; one without an id gets a new one."""
-        options = record.wanted.options
-        if not record.id:
-            record.id = self._books.new_id(resolved.id, self._desired.now)
-            record.wanted = Wanted(record.id, record.wanted.model, options)
+    # -- coming up -------------------------------------------------------------------------
+
+    def begin(self, record: Record, *, after: tuple[str, float] | None = None) -> None:
+        """Bring ``record`` up.
+
+        Args:
+            after: first end its group on this node, with so many seconds to drain.
+        """
         self._books.add(record)
-        self._change(record, "pulling")
+        record.spec, record.coordinator, record.retry = None, None, False
+        record.taken = {}
+        self._end_worker(record)
+        self._unwatch(record)
+        self._change(record, "recovering" if record.ever_ready else "pulling")
         plan = bring_up.Plan(
             id=record.id,
-            model=resolved.id,
-            ref=record.wanted.model,
-            options=options,
-            defaults=self._terms.defaults,
-            host=self.host(record.id),
-        )
-        record.worker = self._me.spawn(
-            lambda me: bring_up.bring_up(
-                me, plan, history=record.history, limits=self._terms.limits, books=self._me.pid
-            ),
-            link=True,
-            label=f"bring up {record.id}",
-        )
-        return record
-
-    def host(self, id_: str = "") -> Host:
-        """This machine, less what instances other than ``id_`` take of it."""
-        return host_of(
-            str(self._me.node.name), self._terms.machine(), self._books.memory_bytes(id_)
+            model=record.model,
+            ref=record.model,
+            options=record.wanted.options,
+            defaults=self._defaults,
+            wanted=not record.on_demand,
+            first_epoch=record.epoch,
+            avoid=frozenset(self._nodes_of(record.model, but=record.id)),
         )
 
-    def _begin_again(self, record: Record) -> None:
+        async def work(me: Process) -> None:
+            if after is not None:
+                await group_orders.stop_group(me, after[0], record.id, after[1])
+            await bring_up.bring_up(me, plan, self._me.pid)
+
+        record.worker = self._me.spawn(work, link=True, label=f"bring up {record.id}")
+
+    def begin_wanted(self, record: Record) -> None:
         """Bring up what should run but does not."""
         try:
-            if self._terms.refuse:
-                raise NotReady(record.model, self._terms.refuse, kind="no_compute")
-            resolved = self._lookup.resolve(record.wanted.model)
+            record.model = self.resolve(record.wanted.model)
         except ControlError as exc:
-            self._fail(record, str(exc))
+            self._books.add(record)
+            self._fail(record, exc.kind, str(exc))
         else:
-            record.model = resolved.id
-            self.begin(record, resolved)
+            self.begin(record)
+
+    def resolve(self, ref: str) -> str:
+        """Id of a model; a path may be that of another machine. Raises UnknownModel."""
+        try:
+            return self._lookup.resolve(ref).id
+        except ControlError:
+            if ref.startswith("/") and len(self._up()) > 1:
+                return ref
+            raise
+
+    def _nodes_of(self, model: str, but: str) -> Iterable[str]:
+        for record in self._books:
+            if record.model == model and record.id != but and record.spec is not None:
+                yield from record.spec.nodes
+
+    def on_fetching(self, id_: str) -> None:
+        """Files come from outside: whoever asked need not wait for that."""
+        if record := self._books.get(id_):
+            self._change(record, "pulling")
+            self._answer_load(record, (Atom("ok"), id_))
+
+    def place_turn(self, id_: str, from_: Term) -> Term:
+        """Ask for what is taken, as the only one that places."""
+        return self.turns.ask(id_, from_, self._turn)
+
+    def _turn(self, id_: str) -> Term:
+        return (Atom("ok"), self._books.used(but=id_), self._books.tenants(but=id_))
+
+    def on_placed(self, id_: str, taken: dict[tuple[str, str], int]) -> None:
+        """Its place is chosen: others find that much less."""
+        if record := self._books.get(id_):
+            record.taken = taken
+        self.turns.end(id_)
 
     def on_prepared(self, id_: str, spec: InstanceSpec) -> None:
-        """It is placed: its group starts."""
+        """Every machine has its files: its group starts."""
         record = self._books.get(id_)
         if record is not None and record.state != "draining":  # else unloaded a moment ago
             record.spec = spec
-            self._change(record, "loading")
+            self._change(record, "recovering" if record.ever_ready else "loading")
             self._answer_load(record, (Atom("ok"), id_))
 
     def on_started(self, id_: str, group: Pid) -> None:
         """The supervisor of its group is there."""
-        if record := self._books.get(id_):
+        if (record := self._books.get(id_)) and record.state != "draining":
+            self._unwatch(record)
             record.group = self._me.monitor(group)
+
+    def on_make_room(self, id_: str, others: Iterable[str]) -> None:
+        """It would fit without these: they go first."""
+        self.turns.end(id_)
+        record = self._books.get(id_)
+        if record is None or record.state == "draining":
+            return
+        leaving = [one for name in others if (one := self._books.get(name)) is not None]
+        for one in leaving:
+            log.info("%s makes room for %s", one.id, id_)
+            self._put_off(one, f"it made room for {id_}")
+        self._change(record, record.state, "waits until there is room")
+        record.worker = None
+        self.waiting_for_room[id_] = {one.id for one in leaving}
+
+    @property
+    def waiting_for_room(self) -> dict[str, set[str]]:
+        """Who waits for the end of whom."""
+        return self.turns.waiting_for_room
+
+    def _put_off(self, record: Record, why: str) -> None:
+        """Drain an instance and end it; what is wanted comes back when there is room."""
+        if record.on_demand:
+            self.unload(record.id, None)
+            return
+        node = record.spec.head_node if record.spec else ""
+        self._end_worker(record)
+        self._unwatch(record)
+        record.retry = True
+        self._change(record, "draining", why)
+        record.worker = self._me.spawn(
+            lambda me: group_orders.take_down(me, record.id, node, DRAIN_S, self._me.pid),
+            link=True,
+            label=f"put off {record.id}",
+        )
+
+    # -- failing ---------------------------------------------------------------------------
 
     def on_failed(self, id_: str, kind: str, text: str) -> None:
         """It came to nothing, or ended for good."""
+        self.turns.end(id_)
         record = self._books.get(id_)
         if record is None or record.state == "draining":
             return
@@ -140,15 +210,38 @@ class Instances:
             self._change(record, "unloaded", text)
             self._answer_load(record, (Atom("error"), Atom(kind), text))
         else:
-            self._fail(record, text)
+            self._fail(record, kind, text)
         self._on_change()
 
     def _forget_demand(self, record: Record, text: str) -> None:
         """A load on demand failed: its askers are told, the next one after a while tries again."""
         self._on_demand_failed(record.model, text)
-        self._take_down(record)
+        self._end_group(record)
         self._books.remove(record.id)
         self._change(record, "unloaded", text)
+
+    def _fail(self, record: Record, kind: str, text: str) -> None:
+        log.error("instance %s failed: %s", record.id, text)
+        record.coordinator = None
+        record.retry = kind in MENDABLE and record.ever_ready
+        self._change(record, "failed", text)
+        if record.retry:
+            wait_s = max(RETRY_S, self.moves.wait_s(record.id, self._now_s()))
+            self._me.send_after(wait_s, self._me.pid, (Atom("retry"), record.id))
+        self._end_group(record)
+        if not record.ever_ready and record.epoch <= 1:  # it never worked: not again by itself
+            self._desired.save(self._desired.now.remove(record.id))
+
+    def _end_group(self, record: Record) -> None:
+        """End what is left of an instance's processes."""
+        self._unwatch(record)
+        if record.spec is not None:
+            node = record.spec.head_node
+            self._me.spawn(
+                lambda me: group_orders.stop_group(me, node, record.id, 0.0),
+                link=True,
+                label=f"end {record.id}",
+            )
 
     def _answer_load(self, record: Record, answer: Term) -> None:
         if record.reply_to is not None:
@@ -158,28 +251,27 @@ class Instances:
     def _change(self, record: Record, state: str, text: str = "") -> None:
         """A new state, and word of it to whoever listens."""
         record.state, record.text = state, text
-        publish(
-            self._me,
-            "instance",
-            {
-                Atom("id"): record.id,
-                Atom("model"): record.model,
-                Atom("state"): Atom(state),
-                Atom("epoch"): record.epoch,
-                Atom("text"): text,
-            },
-        )
+        known: dict[Any, Term] = {
+            Atom("id"): record.id,
+            Atom("model"): record.model,
+            Atom("state"): Atom(state),
+            Atom("epoch"): record.epoch,
+            Atom("text"): text,
+        }
+        if record.spec is not None:
+            known[Atom("nodes")] = [Atom(node) for node in record.spec.nodes]
+        publish(self._me, "instance", known)
+
+    # -- what coordinators and groups say --------------------------------------------------
 
     def on_instance(self, id_: str, state: str, pid: Pid, epoch: int, text: str) -> None:
-        """Word of its coordinator."""
+        """Word of a coordinator."""
         record = self._books.get(id_)
         if record is None or epoch < record.epoch or record.state in ("draining", "failed"):
             return
-        if record.coordinator != pid:
-            if record.watch is not None:
-                self._me.demonitor(record.watch)
-            record.coordinator, record.watch = pid, self._me.monitor(pid)
-        record.epoch = epoch
+        if record.spec is None or record.spec.head_node != pid.node:
+            return  # of a place that it has left
+        record.coordinator, record.epoch = pid, epoch
         if state == "failed":
             self.on_failed(id_, "load_failed", text)
             return
@@ -187,66 +279,138 @@ class Instances:
         self._change(record, state, text)
         self._on_change()
 
-    def on_down(self, monitor: Ref, reason: Term) -> None:
-        """A coordinator ended (the next epoch comes), or a whole group."""
-        if record := self._books.first(lambda r: r.watch == monitor):
-            record.coordinator = record.watch = None
+    def on_coordinator_down(self, pid: Pid) -> None:
+        """The next epoch comes, unless its group or its machine is gone too."""
+        record = self._books.first(lambda r: r.coordinator == pid)
+        if record is not None:
+            record.coordinator = None
             if record.state == "ready":  # nobody is sent to a server that is gone
                 self._change(record, "recovering")
-        elif record := self._books.first(lambda r: r.group == monitor):
-            record.group = None
-            if record.state not in ("draining", "failed") and not self.stopping:
-                self._change(record, "recovering")
-                why = partial(self._find_out, record.id, reason)
-                self._me.spawn(why, link=True, label=f"why {record.id} is down")
 
-    async def _find_out(self, id_: str, reason: Term, me: Process) -> None:
-        """Whether a group ended alone, its budget spent, or went down with ``instance_sup``."""
-        alone = await bring_up.is_supervisor_up(me)
-        me.send(self._me.pid, (Atom("group_down"), id_, alone, reason))
-
-    def on_group_judged(self, id_: str, alone: bool, reason: Term) -> None:
-        """Its group ended: a budget spent, or ``instance_sup`` going down with all it has."""
-        record = self._books.get(id_)
-        if record is None or record.state in ("draining", "failed") or self.stopping:
+    def on_group_down(self, monitor: Ref, reason: Term) -> None:
+        """A whole group ended, or its machine is not to be reached."""
+        record = self._books.first(lambda r: r.group == monitor)
+        if record is None:
             return
-        if alone:
-            why = f"its supervisor ended with {show(reason)}"
-            if record.history.exhausted():
-                why = f"restart budget spent after {record.epoch} epochs"
-            last = record.history.last_error
-            text = f"{why}; last error: {last}" if last else why
-            self.on_failed(id_, "restart_budget_spent", text)
-        else:
-            log.warning("instance %s went down with instance_sup; it starts again", id_)
-            self._begin_again(record)
-            self._on_change()
-
-    def _fail(self, record: Record, text: str) -> None:
-        log.error("instance %s failed: %s", record.id, text)
-        record.coordinator = None
-        self._books.add(record)
-        self._change(record, "failed", text)
-        self._take_down(record)
-        if not record.ever_ready and record.epoch <= 1:  # it never worked: not again by itself
-            self._desired.save(self._desired.now.remove(record.id))
-
-    def _take_down(self, record: Record) -> None:
-        """End what is left of an instance's processes."""
-        if record.group is not None or record.spec is not None:
+        record.group = None
+        if record.state in ("draining", "failed") or self.stopping or record.spec is None:
+            return
+        self._change(record, "recovering")
+        if reason != "noconnection":  # else membership says what becomes of its machine
+            node = record.spec.head_node
             self._me.spawn(
-                lambda me: bring_up.take_down(me, record.id, None, 0.0, self._me.pid),
+                lambda me: group_orders.find_out(me, record.id, node, reason, self._me.pid),
                 link=True,
-                label=f"end {record.id}",
+                label=f"why {record.id} is down",
             )
 
-    def on_worker_exit(self, pid: Term, reason: Term) -> None:
-        """A helper ended; one that crashed has told nobody why."""
-        record = self._books.first(lambda r: r.worker == pid)
-        if record is not None:
-            record.worker = None
-            if reason not in ("normal", "killed") and record.state in ("pulling", "loading"):
-                self.on_failed(record.id, "internal_error", f"bringing it up: {show(reason, 500)}")
+    def on_group_judged(self, id_: str, known: Term, reason: Term) -> None:
+        """Its group ended: a budget spent, a machine lost, or ``instance_sup`` with all it has."""
+        record = self._books.get(id_)
+        if record is None or record.spec is None or self.stopping:
+            return
+        if record.state in ("draining", "failed") or record.group is not None:
+            return
+        missing = [node for node in record.spec.nodes if node not in self._up()]
+        match known:
+            case {"alone": False}:
+                log.warning("instance %s went down with instance_sup; it starts again", id_)
+                self.start_again(record)
+            case {"exhausted": bool(exhausted), "epoch": int(epoch), "last_error": last_error}:
+                record.epoch = max(record.epoch, epoch)
+                if missing:
+                    self.move(record, f"{', '.join(missing)} is gone")
+                    return
+                why = f"its supervisor ended with {show(reason)}"
+                if exhausted:
+                    why = f"restart budget spent after {record.epoch} epochs"
+                last = text_of(last_error)
+                text = f"{why}; last error: {last}" if last else why
+                self.on_failed(id_, "restart_budget_spent", text)
+            case _:  # its machine does not answer: membership says what becomes of it
+                pass
+        self._on_change()
+
+    def start_again(self, record: Record) -> None:
+        """The same ranks at the same place, where their weights may still be."""
+        spec = record.spec
+        assert spec is not None
+        spec = record.spec = replace(spec, first_epoch=max(spec.first_epoch, record.epoch))
+        self._change(record, "recovering")
+        self._end_worker(record)
+        record.worker = self._me.spawn(
+            lambda me: bring_up.start(me, spec, self._me.pid),
+            link=True,
+            label=f"start {record.id} again",
+        )
+
+    # -- machines --------------------------------------------------------------------------
+
+    def take_up(self, verdict: Verdict) -> None:
+        """Keep what runs, end what should not."""
+        for record, group in verdict.kept:
+            self._unwatch(record)
+            self._books.add(record)
+            record.group = self._me.monitor(group)
+            self._me.send((Atom(record.id), Atom(str(group.node))), Atom("announce"))
+        for one in verdict.surplus:
+            log.warning("%s on %s is surplus; it ends", one.spec.id, one.node)
+            self._me.spawn(partial(self._end_surplus, one), link=True, label=f"end {one.spec.id}")
+
+    async def _end_surplus(self, one: Running, me: Process) -> None:
+        await group_orders.stop_group(me, one.node, one.spec.id, DRAIN_S)
+        record = self._books.get(one.spec.id)
+        if record is not None and record.coordinator is not None:
+            me.send(record.coordinator, Atom("announce"))  # some have heard of the other only
+
+    def on_joined(self, node: str, running: Collection[Running]) -> None:
+        """A machine is back whose group is not: it starts there again, weights and all."""
+        ids = {one.spec.id for one in running}
+        for record in self._books:
+            if (
+                record.spec is not None
+                and record.spec.head_node == node
+                and record.id not in ids
+                and record.state in RUNNING
+                and record.worker is None
+                and all(n in self._up() for n in record.spec.nodes)
+            ):
+                self.start_again(record)
+
+    def on_lost(self, node: str) -> None:
+        """A machine is gone: its instances are placed on what is left."""
+        for record in self._books:
+            if record.spec is not None and node in record.spec.nodes:
+                if record.state in RUNNING:
+                    self.move(record, f"{node} is gone")
+                elif record.state == "draining" and record.spec.head_node == node:
+                    self._end_worker(record)
+                    self._me.send(self._me.pid, (Atom("stopped"), record.id))
+
+    def move(self, record: Record, why: str, *, drain_s: float = 0.0) -> None:
+        """Place an instance anew; one that has moved often waits a while."""
+        now_s = self._now_s()
+        wait_s = self.moves.wait_s(record.id, now_s)
+        if wait_s > 0:
+            self._change(record, "recovering", f"{why}; it is placed again in {wait_s:.0f} s")
+            self._me.send_after(wait_s, self._me.pid, (Atom("move"), record.id, why))
+            return
+        self.moves.note_move(record.id, now_s)
+        log.warning("instance %s is placed anew: %s", record.id, why)
+        assert record.spec is not None
+        old = record.spec.head_node
+        record.epoch += 1
+        self.begin(record, after=(old, drain_s) if old in self._up() else None)
+        record.text = why
+
+    def retry_failed(self, only: str = "") -> None:
+        """There are more machines, or there is more room: what waits for that tries again."""
+        for record in self._books:
+            if only in ("", record.id) and record.state == "failed" and record.retry:
+                self.moves.note_move(record.id, self._now_s())
+                self.begin_wanted(record)
+
+    # -- going -----------------------------------------------------------------------------
 
     def unload(self, id_: str, from_: Term) -> Term:
         """Drain, then end; ``from_`` (or nobody: None) is answered when it is gone."""
@@ -255,18 +419,21 @@ class Instances:
             running = ", ".join(self._books.ids()) or "none"
             return (Atom("error"), Atom("not_found"), f"no instance {id_!r}; running: {running}")
         self._desired.save(self._desired.now.remove(id_))
+        self.moves.forget(id_)
+        record.retry = False
         if record.state == "draining":
             record.leavers.append(from_)
             return NOREPLY
         if record.reply_to is not None:
             self._answer_load(record, (Atom("error"), Atom("unloaded"), f"{id_} was unloaded"))
-        if record.worker is not None:
-            self._me.exit(record.worker, Atom("kill"))
+        self._end_worker(record)
+        self._unwatch(record)
         record.leavers.append(from_)
         self._change(record, "draining")
-        coordinator = record.coordinator
+        node = record.spec.head_node if record.spec else ""
+        reachable = node if node in self._up() else ""
         record.worker = self._me.spawn(
-            lambda me: bring_up.take_down(me, id_, coordinator, DRAIN_S, self._me.pid),
+            lambda me: group_orders.take_down(me, id_, reachable, DRAIN_S, self._me.pid),
             link=True,
             label=f"take down {id_}",
         )
@@ -277,19 +444,55 @@ class Instances:
         """Nothing of it is left."""
         record = self._books.get(id_)
         if record is not None and record.state == "draining":
-            self._books.remove(id_)
-            self._change(record, "unloaded")
+            if record.retry:
+                record.spec, record.coordinator, record.taken = None, None, {}
+                self._change(record, "failed", record.text)
+            else:
+                self._books.remove(id_)
+                self._change(record, "unloaded")
             for from_ in record.leavers:
                 if from_ is not None:
                     gen_server.reply(self._me, from_, Atom("ok"))
+            record.leavers.clear()
+            newcomers = self.turns.left(id_)
+            for name in newcomers:
+                if (waiting := self._books.get(name)) and waiting.worker is None:
+                    self.begin(waiting)
+            if not newcomers:  # else the room is theirs
+                self.retry_failed()
         self._on_change()
 
-    def take_over(self, running: Sequence[Running]) -> None:
-        """After a restart of the scheduler: keep what runs, start what should run but does not."""
-        kept, missing = reconcile(running, self._desired.now)
-        for record, group in kept:
-            record.group = self._me.monitor(group)
-            self._books.add(record)
-            self._me.send(Atom(record.id), Atom("announce"))
-        for record in missing:
-            self._begin_again(record)
+    def on_worker_exit(self, pid: Term, reason: Term) -> None:
+        """A helper ended; one that crashed has told nobody why."""
+        record = self._books.first(lambda r: r.worker == pid)
+        if record is not None:
+            record.worker = None
+            self.turns.end(record.id)
+            if reason not in ("normal", "killed") and record.state in (*RUNNING, "pulling"):
+                self.on_failed(record.id, "internal_error", f"bringing it up: {show(reason, 500)}")
+
+    def drop_all(self, why: str) -> None:
+        """Another leads: the books are its own now."""
+        for record in self._books:
+            self._answer_load(record, (Atom("error"), Atom("leader_changed"), why))
+            for from_ in record.leavers:
+                if from_ is not None:
+                    answer = (Atom("error"), Atom("leader_changed"), why)
+                    gen_server.reply(self._me, from_, answer)
+            self._end_worker(record)
+            self._unwatch(record)
+            self._books.remove(record.id)
+        self.turns.clear()
+        self.moves = Moves()
+
+    def _end_worker(self, record: Record) -> None:
+        if record.worker is not None:
+            worker, record.worker = record.worker, None
+            self.turns.end(record.id)
+            self._me.exit(worker, Atom("kill"))
+
+    def _unwatch(self, record: Record) -> None:
+        if record.group is not None:
+            self._me.demonitor(record.group)
+            record.group = None
+

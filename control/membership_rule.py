@@ -41,6 +41,8 @@ class Beat(NamedTuple):
     facts: Term = None
 
 
+ENDED: Final = "its connection ended"  # why a node is down whose process may just start again
+
 _BEAT: Final = Atom("beat")
 _SAME: Final = Atom("same")
 
@@ -130,7 +132,7 @@ def on_beat(peer: Peer, beat: Beat, now_s: float) -> tuple[Peer, tuple[Action, .
 
 def disconnected(peer: Peer) -> tuple[Action, ...]:
     """The connection has ended."""
-    return (Down("its connection ended"),) if peer.up else ()
+    return (Down(ENDED),) if peer.up else ()
 
 
 def check(peer: Peer, now_s: float, checked_s: float, limits: Limits) -> tuple[Action, ...]:

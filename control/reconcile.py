@@ -1,49 +1,110 @@
-"""After a restart of the scheduler: what runs, compared with what should. Pure."""
+"""A new leader, or one that was restarted: what runs, compared with what should. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from bridge.term import Pid
 from control.books import Record
 from control.desired import Desired, Wanted
-from control.instance import History
-from control.instance_spec import InstanceSpec
+from control.instance_spec import InstanceSpec, spec_of
 
-Running = tuple[InstanceSpec, Pid, History]  # with the pid of its group's supervisor
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A group of ranks that an ``agent`` has told of.
+
+    Attributes:
+        node: of the agent; epoch: that the group is in.
+    """
+
+    node: str
+    spec: InstanceSpec
+    group: Pid
+    epoch: int
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What to do.
+
+    Attributes:
+        kept: records of what goes on, each with its group.
+        missing: records of what is to be brought up.
+        surplus: groups that have to end: an instance that runs twice, or was unloaded.
+    """
+
+    kept: list[tuple[Record, Pid]] = field(default_factory=list)
+    missing: list[Record] = field(default_factory=list)
+    surplus: list[Running] = field(default_factory=list)
+
+
+def running_of(node: str, term: Any) -> list[Running]:
+    """Read the answer of an agent's ``running``. Raises ValueError."""
+    match term:
+        case ("ok", [*rows]):
+            return [_running(node, row) for row in rows]
+    raise ValueError(f"{node} did not say what runs there: {term!r}"[:300])
+
+
+def _running(node: str, row: Any) -> Running:
+    match row:
+        case {"spec": spec, "group": Pid() as group, "epoch": int(epoch)}:
+            return Running(node, spec_of(spec), group, epoch)
+    raise ValueError(f"{node}: not a group: {row!r}"[:300])
 
 
 def reconcile(
-    running: Sequence[Running], desired: Desired
-) -> tuple[list[tuple[Record, Pid]], list[Record]]:
-    """Compare.
+    running: Iterable[Running], desired: Desired, known: Mapping[str, Record]
+) -> Verdict:
+    """Compare what was told of with the books.
 
-    What runs and is not wanted was brought up by a request, and goes on until it is unloaded.
+    What runs and is not wanted was brought up by a request, or came with a machine: it goes on
+    until it is unloaded. What was unloaded while its machine was away ends.
 
-    Returns:
-        Records of what runs, each with its group; records of what is to be brought up.
+    Args:
+        running: groups, of one machine or all.
+        known: records that there are already.
     """
-    wanted_of = {wanted.id: wanted for wanted in desired.wanted}
-    kept = [
-        (
-            Record(
-                spec.id,
-                spec.model,
-                wanted_of.get(spec.id) or Wanted(spec.id, spec.model),
-                on_demand=spec.id not in wanted_of,
-                state="recovering",
-                ever_ready=True,
-                spec=spec,
-                history=history,
-            ),
-            group,
+    found, wanted_of = Verdict(), {wanted.id: wanted for wanted in desired.wanted}
+    best: dict[str, Running] = {}
+    for one in sorted(running, key=lambda r: (-r.epoch, r.node)):
+        id_ = one.spec.id
+        record = known.get(id_)
+        elsewhere = (
+            record is not None
+            and record.state != "failed"  # for want of what has just come back
+            and (record.spec is None or record.spec.head_node != one.node)
         )
-        for spec, group, history in running
-    ]
-    found = {spec.id for spec, _, _ in running}
-    missing = [
+        if id_ in best or elsewhere or (id_ in desired.gone and record is None):
+            found.surplus.append(one)
+        else:
+            best[id_] = one
+    for id_, one in best.items():
+        record = known.get(id_) or Record(
+            id_,
+            one.spec.model,
+            wanted_of.get(id_) or Wanted(id_, one.spec.model),
+            on_demand=id_ not in wanted_of,
+        )
+        record.state, record.ever_ready = "recovering", True
+        record.epoch, record.spec = max(record.epoch, one.epoch), one.spec
+        record.taken = taken_by(one.spec)
+        found.kept.append((record, one.group))
+    found.missing = [
         Record(wanted.id, wanted.model, wanted, ever_ready=True)
         for wanted in desired.wanted
-        if wanted.id not in found
+        if wanted.id not in best and wanted.id not in known
     ]
-    return kept, missing
+    return found
+
+
+def taken_by(spec: InstanceSpec) -> dict[tuple[str, str], int]:
+    """Memory of an instance, in bytes by node and pool."""
+    taken: dict[tuple[str, str], int] = {}
+    for rank in spec.ranks:
+        key = (rank.node, rank.pool)
+        taken[key] = taken.get(key, 0) + rank.memory_bytes
+    return taken

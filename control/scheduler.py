@@ -10,19 +10,28 @@ call ``{path, Model}``                            ``{ok, Id, Path, ContextTokens
 call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
 call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
 call ``wanted``                                   list of ``{InstanceId, Model}``
-call ``forget_all``                               ``ok``: nothing is wanted any more
+call ``forget_all``                               ``ok``: a machine alone wants nothing any more
 cast ``stopping``                                 the node ends: what stops now did not fail
+``{leadership, Leader, Epoch, IsSure, Roster}``   ``election``: who leads
+``{node_up | node_down, Node}``                   ``membership``
+``{instance, Id, State, Pid, Epoch, Text, Map}``  a coordinator, to every node
+``{desired, Node, Message}``                      the same part of another node (``desired_sync``)
+``{routes, Pid}``                                 another scheduler: tell it who serves here
 ================================================  ==========================================
 
-What takes long (fetching, loading, draining) runs in processes of its own (``bring_up``);
-this one only keeps the books, so it always answers. Until it knows what runs already, calls
-wait. What happens to instances is in ``instances``, who serves whom in ``finder``.
+The leader decides (``leading``); the others pass on what is asked of them, and answer ``find``
+from what coordinators tell everybody. What takes long runs in processes of its own, so that this
+one always answers.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
@@ -30,197 +39,354 @@ from bridge.process import Process
 from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
-from control import bring_up, dry_run
-from control.books import Books, Record
-from control.desired import Desired, DesiredFile, Wanted
-from control.errors import ControlError, NotReady
+from control import group_orders, place_question
+from control.books import Books
+from control.desired_state import DesiredState
+from control.desired_sync import Stamp
+from control.errors import ControlError
 from control.finder import Finder
-from control.fleet import Fleet
-from control.instance_spec import InstanceSpec
-from control.instances import Instances, Terms
-from control.load_options import LoadOptions
-from control.lookup import Lookup, Resolved
-from control.reconcile import Running
+from control.leading import Leading
+from control.lookup import Lookup
+from control.placement_request import Defaults
+from control.quorum import Roster, roster_of
+from control.routes import Routes
 
-AT_ONCE = ("wanted", "instances")  # calls that need no complete books
+TICK_S: Final = 1.0
+LEADER_S: Final = 15.0  # that a question for the leader waits for one
+FORWARD_S: Final = 1800.0
+ASK_S: Final = 5.0
+# What the leader answers. A question may be asked twice, should the first leader be lost.
+ORDERS: Final = frozenset({"load", "unload", "set_default", "replace_default"})
+QUESTIONS: Final = frozenset({"place", "instances"})
+_OK, _ERROR = Atom("ok"), Atom("error")
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """A request that waits for a leader, or for its books."""
+
+    request: Term
+    from_: Term
+    since_s: float
 
 
 class Scheduler(GenServer):
-    """Keeps the books of instances.
+    """One node's part in running the cluster's instances.
 
     Args:
         desired_path: file of the desired state.
-        terms: on what terms models run on this machine.
+        defaults: for what load options leave open.
         autoload: load a known model on demand.
+        now_s: a clock.
     """
 
-    def __init__(self, lookup: Lookup, *, desired_path: Path, terms: Terms, autoload: bool) -> None:
+    def __init__(
+        self,
+        lookup: Lookup,
+        *,
+        desired_path: Path,
+        defaults: Defaults,
+        autoload: bool,
+        now_s: Callable[[], float] | None = None,
+    ) -> None:
         super().__init__()
-        self._lookup, self._desired = lookup, DesiredFile(desired_path)
-        self._terms, self._autoload = terms, autoload
+        self._lookup, self._desired_path = lookup, desired_path
+        self._defaults, self._autoload = defaults, autoload
+        self._now_s = now_s or (lambda: asyncio.get_running_loop().time())
         self.books = Books()
-        self._early: list[tuple[Term, Term]] = []  # (request, From) from before the books were full
-        self._complete = False
-        self._leadership: Term = Atom("undefined")
+        self._early: list[_Early] = []
+        self._leader, self._epoch = "", 0
+        self._up: set[str] = set()
 
     def format_state(self) -> Term:
         return {
             Atom("desired_version"): self._desired.now.version,
             Atom("default"): self._desired.now.default,
-            Atom("leadership"): self._leadership,
+            Atom("leader"): Atom(self._leader or "undefined"),
+            Atom("epoch"): self._epoch,
+            Atom("leading"): self._leading.complete,
+            Atom("up"): [Atom(node) for node in sorted(self._up)],
             Atom("instances"): [(r.id, Atom(r.state), r.epoch) for r in self.books],
-            Atom("waiting"): self._finder.num_waiting if self._complete else len(self._early),
+            Atom("routes"): [(r.id, Atom(r.state), r.pid) for r in self._routes],
+            Atom("waiting"): self._finder.num_waiting + len(self._early),
         }
 
     async def init(self, me: Process) -> None:
         me.trap_exit = True
+        self._routes = Routes(me)
+        self._desired = DesiredState(
+            str(me.node.name),
+            self._desired_path,
+            send=self._tell_schedulers,
+            on_ready=self._on_ready,
+            on_safe=self._on_safe,
+        )
         self._desired.read()
         self._finder = Finder(
             me,
+            self._routes,
             self.books,
             self._desired,
             self._lookup,
+            now_s=self._now_s,
             load=self._load_on_demand if self._autoload else None,
         )
-        self._instances = Instances(
+        self._leading = Leading(
             me,
             self.books,
             self._desired,
+            self._routes,
             self._lookup,
-            self._terms,
+            self._defaults,
+            up=self._up,
+            now_s=self._now_s,
+            on_open=self._on_open,
             on_change=self._finder.serve_waiting,
             on_demand_failed=self._finder.on_demand_failed,
         )
-        me.spawn(self._find_running, link=True, label="reconcile")
+        _, others = await gen_server.call(
+            me, Atom("membership"), (Atom("subscribe"), me.pid), timeout_s=ASK_S
+        )
+        for node in others:
+            self._node_up(text_of(node))
+        gen_server.cast(me, Atom("election"), Atom("leadership"))
+        self._spawn(_announce_local, "what runs here")
+        self._tick_later()
+
+    def _load_on_demand(self, model: str) -> None:
+        self._leading.load_on_demand(model)
+
+    # -- calls -----------------------------------------------------------------------------
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
-        if not self._complete and request not in AT_ONCE:
-            self._early.append((request, from_))
-            return NOREPLY
-        return self._answer(request, from_)
-
-    def _answer(self, request: Term, from_: Term) -> Term:
-        try:
-            return self._handle(request, from_)
-        except ControlError as exc:
-            return (Atom("error"), Atom(exc.kind), str(exc))
-
-    def _handle(self, request: Term, from_: Term) -> Term:
-        desired = self._desired.now
         match request:
-            case ("load", model, dict(options)):
-                return self._load(text_of(model), LoadOptions.from_term(options), from_)
-            case ("place", model, dict(options)):
-                return self._place(text_of(model), LoadOptions.from_term(options), from_)
-            case ("unload", instance):
-                return self._instances.unload(text_of(instance), from_)
-            case ("find", model):
-                return self._finder.find(text_of(model), from_)
-            case ("path", model):
-                return self._finder.path_of(text_of(model))
-            case ("set_default", model):
-                self._desired.save(desired.with_default(self._resolve(model).id))
-                return Atom("ok")
-            case ("replace_default", old, new):
-                if desired.default == text_of(old):
-                    self._desired.save(desired.with_default(self._resolve(new).id))
-                return Atom("ok")
             case "wanted":
-                return [(w.id, w.model) for w in desired.wanted]
-            case "forget_all":
-                for record in self.books:
-                    self._instances.unload(record.id, None)
-                self._desired.save(Desired(self._desired.now.version + 1))
-                return Atom("ok")
-            case "instances":
-                return [(r.coordinator or Atom("undefined"), r.describe()) for r in self.books]
-            case _:
-                return (Atom("error"), Atom("unknown_call"), f"scheduler: {show(request)}")
+                return [(w.id, w.model) for w in self._desired.now.wanted]
+            case "forget_all":  # a machine that begins with no models unloads none of others
+                self._leading.forget_all()
+                return _OK
+            case ("place_turn", id_):  # of a helper
+                return self._leading.instances.place_turn(text_of(id_), from_)
+            case ("find", model):
+                return _guarded(lambda: self._finder.find(text_of(model), from_))
+            case ("path", model):
+                return _guarded(lambda: self._path_of(text_of(model), from_))
+            case "instances" if not self._leading.complete and not self._elsewhere:
+                return self._routed()
+        name = request[0] if isinstance(request, tuple) and request else request
+        if name not in ORDERS | QUESTIONS:
+            return (_ERROR, Atom("unknown_call"), f"scheduler: {show(request)}")
+        if self._leading.complete:
+            return _guarded(lambda: self._leading.handle(request, from_))
+        self._early.append(_Early(self._written_out(request), from_, self._now_s()))
+        self._serve_early()
+        return NOREPLY
+
+    def _path_of(self, name: str, from_: Term) -> Term:
+        """Where this machine has what it takes to write to a model: tokenizer and template."""
+        target = self._finder.target(name)
+        route = next((r for r in self._routes if target in (r.id, r.model)), None)
+        if route is None:
+            return (_ERROR, Atom("not_loaded"), f"no instance of {target} runs here")
+        here = str(self.me.node.name)
+        nodes = sorted({*self._up, here}, key=lambda node: (node != route.pid.node, node))
+        job = place_question.bring_header
+        work = partial(job, target, route.model, route.context_tokens, nodes, from_)
+        self._spawn(work, f"header of {route.model}")
+        return NOREPLY
+
+    def _routed(self) -> Term:
+        """What this node knows by itself, while nobody leads."""
+        return [
+            (
+                route.pid,
+                {
+                    Atom("id"): route.id,
+                    Atom("model"): route.model,
+                    Atom("state"): Atom(route.state),
+                    Atom("epoch"): route.epoch,
+                },
+            )
+            for route in self._routes
+        ]
+
+    # -- the leader is elsewhere -----------------------------------------------------------
+
+    @property
+    def _elsewhere(self) -> str:
+        """The leader, if it is another node."""
+        return "" if self._leader == self.me.node.name else self._leader
+
+    def _written_out(self, request: Term) -> Term:
+        """A relative path means nothing on another machine."""
+        match request:
+            case ("load" | "place" | "set_default" as what, model, *rest):
+                try:
+                    return (Atom(what), self._lookup.resolve(text_of(model)).id, *rest)
+                except ControlError:
+                    return request  # the leader may know it; else it says what is wrong
+        return request
+
+    def _serve_early(self) -> None:
+        """Answer or pass on what waits for a leader."""
+        if not self._leading.complete and not self._elsewhere:
+            return
+        early, self._early = self._early, []
+        for one in early:
+            if self._leading.complete:
+                answer = _guarded(partial(self._leading.handle, one.request, one.from_))
+                if answer is not NOREPLY:
+                    gen_server.reply(self.me, one.from_, answer)
+            else:
+                self._spawn(partial(self._forward, one, self._elsewhere), "ask the leader")
+
+    async def _forward(self, one: _Early, leader: str, me: Process) -> None:
+        dest = (Atom("scheduler"), Atom(leader))
+        try:
+            answer = await gen_server.node_call(me.node, dest, one.request, timeout_s=FORWARD_S)
+        except gen_server.CallError as exc:
+            if one.request == "instances" or one.request[0] in QUESTIONS:
+                me.send(self.me.pid, (Atom("ask_again"), one))
+                return
+            text = f"the leader {leader} was lost while it worked on this ({exc}); see `ctl status`"
+            answer = (_ERROR, Atom("leader_lost"), text)
+        gen_server.reply(me, one.from_, answer)
+
+    def _expire_early(self) -> None:
+        early, self._early = self._early, []
+        for one in early:
+            if self._now_s() - one.since_s < LEADER_S:
+                self._early.append(one)
+                continue
+            answer: Term = self._routed()
+            if one.request != "instances":
+                text = f"no machine may place: for {LEADER_S:.0f} s nobody led. See `ctl nodes`"
+                answer = (_ERROR, Atom("no_leader"), text)
+            gen_server.reply(self.me, one.from_, answer)
+
+    # -- messages --------------------------------------------------------------------------
 
     async def handle_cast(self, message: Term) -> None:
         match message:
             case "stopping":
-                self._instances.stopping = True
+                self._leading.instances.stopping = True
             case _:
                 await super().handle_cast(message)
 
     async def handle_info(self, message: Term) -> None:
-        instances = self._instances
         match message:
-            case ("instance", id_, state, Pid() as pid, int(epoch), text, *_):
-                instances.on_instance(text_of(id_), str(state), pid, epoch, text_of(text))
-            case ("prepared", str(id_), InstanceSpec() as spec):
-                instances.on_prepared(id_, spec)
-            case ("started", str(id_), Pid() as group):
-                instances.on_started(id_, group)
-            case ("failed", str(id_), kind, text):
-                instances.on_failed(id_, str(kind), text_of(text))
-            case ("group_down", str(id_), bool(alone), reason):
-                instances.on_group_judged(id_, alone, reason)
-            case ("stopped", str(id_)):
-                instances.on_stopped(id_)
-            case ("running", list(found)):
-                self._on_running(found)
+            case ("instance", id_, state, Pid() as pid, int(epoch), text, dict(known)):
+                self._on_instance(text_of(id_), str(state), pid, epoch, text_of(text), known)
+            case ("routes", Pid() as asker):
+                for route in self._routes:
+                    if route.pid.node == self.me.node.name:
+                        self.me.send(route.pid, (Atom("announce"), asker))
+            case ("leadership", leader, int(epoch), bool(sure), roster):
+                self._on_leadership(text_of(leader), epoch, sure, roster_of(roster))
+            case ("node_up", node):
+                self._node_up(text_of(node))
+            case ("node_down", node):
+                self._node_down(text_of(node))
+            case ("desired", sender, term):
+                self._desired.hear(text_of(sender), term, leader=self._leader, epoch=self._epoch)
+            case ("relayed", target, answer):
+                self._finder.on_relayed(text_of(target), answer)
+            case ("ask_again", _Early() as one):
+                self._early.append(one)  # the tick looks after it
+            case ("tick",):
+                self._tick()
             case ("DOWN", Ref() as monitor, _, _, reason):
-                instances.on_down(monitor, reason)
-            case ("leadership", leader, int(epoch), bool(sure), _):
-                self._leadership = (leader, epoch, sure)  # each machine places its own as yet
+                self._on_down(monitor, reason)
             case ("EXIT", pid, reason):
-                instances.on_worker_exit(pid, reason)
+                self._leading.instances.on_worker_exit(pid, reason)
             case _:
-                await super().handle_info(message)
+                if not self._leading.take(message):
+                    await super().handle_info(message)
 
-    # -- orders ----------------------------------------------------------------------------
+    def _tick(self) -> None:
+        self._desired.tick()
+        self._finder.tick()
+        self._serve_early()
+        self._expire_early()
+        self._tick_later()
 
-    def _load(self, ref: str, options: LoadOptions, from_: Term) -> Term:
-        resolved = self._may_run(ref)
-        wanted = Wanted("", ref, options)
-        record = self._instances.begin(Record("", resolved.id, wanted), resolved)
-        self._desired.save(self._desired.now.add(record.wanted))
-        if resolved.path is None:
-            return (Atom("ok"), record.id)
-        record.reply_to = from_  # the files are here: a broken one is told to the caller
-        return NOREPLY
+    def _tick_later(self) -> None:
+        self.me.send_after(TICK_S, self.me.pid, (Atom("tick"),))
 
-    def _load_on_demand(self, model: str) -> None:
-        resolved = self._may_run(self._lookup.card_of(model))
-        record = Record("", resolved.id, Wanted("", model), on_demand=True)
-        self._instances.begin(record, resolved)
+    def _spawn(self, body: Callable[[Process], Any], label: str) -> None:
+        self.me.spawn(body, link=True, label=label)
 
-    def _place(self, ref: str, options: LoadOptions, from_: Term) -> Term:
-        resolved = self._may_run(ref)
-        question = dry_run.Question(
-            model=resolved.id,
-            path=resolved.path,
-            card=resolved.card,
-            options=options,
-            defaults=self._terms.defaults,
-            fleet=Fleet.of_host(self._instances.host()),
-        )
-        work = partial(dry_run.answer, question=question, from_=from_)
-        self.me.spawn(work, link=True, label=f"place {resolved.id}")
-        return NOREPLY
+    def _tell_schedulers(self, nodes: Sequence[str], term: Term) -> None:
+        for node in nodes:
+            message = (Atom("desired"), self.me.node.name, term)
+            self.me.send((Atom("scheduler"), Atom(node)), message)
 
-    def _may_run(self, ref: str) -> Resolved:
-        """Raises NotReady where this machine runs no models, UnknownModel."""
-        if self._terms.refuse:
-            raise NotReady(ref, self._terms.refuse, kind="no_compute")
-        return self._resolve(ref)
+    # -- coordinators ----------------------------------------------------------------------
 
-    def _resolve(self, ref: Term) -> Resolved:
-        return self._lookup.resolve(text_of(ref))
+    def _on_instance(
+        self, id_: str, state: str, pid: Pid, epoch: int, text: str, known: dict[Any, Term]
+    ) -> None:
+        context = known.get("context_tokens", 0)
+        tokens = context if isinstance(context, int) else 0
+        model = text_of(known.get("model", b""))
+        if self._routes.hear(id_, model, state, pid, epoch, tokens):
+            if self._leading.complete:
+                self._leading.instances.on_instance(id_, state, pid, epoch, text)
+            self._finder.serve_waiting()
 
-    # -- after a restart -------------------------------------------------------------------
+    def _on_down(self, monitor: Ref, reason: Term) -> None:
+        route = self._routes.down(monitor)
+        if route is not None:
+            self._leading.instances.on_coordinator_down(route.pid)
+        else:
+            self._leading.on_down(monitor, reason)
 
-    async def _find_running(self, me: Process) -> None:
-        me.send(self.me.pid, (Atom("running"), await bring_up.running_instances(me)))
+    # -- machines and leaders --------------------------------------------------------------
 
-    def _on_running(self, running: list[Running]) -> None:
-        """Take over what runs, then answer who waited."""
-        self._instances.take_over(running)
-        self._complete = True
-        early, self._early = self._early, []
-        for request, from_ in early:
-            answer = self._answer(request, from_)
-            if answer is not NOREPLY:
-                gen_server.reply(self.me, from_, answer)
+    def _node_up(self, node: str) -> None:
+        self._up.add(node)
+        self._desired.node_up(node)
+        self._leading.node_up(node)
+        self.me.send((Atom("scheduler"), Atom(node)), (Atom("routes"), self.me.pid))
+
+    def _node_down(self, node: str) -> None:
+        self._up.discard(node)
+        self._desired.node_down(node)
+        self._leading.node_down(node)
+
+    def _on_leadership(self, leader: str, epoch: int, sure: bool, roster: Roster) -> None:
+        self._leader, self._epoch = "" if leader == "undefined" else leader, epoch
+        if self._leader != self.me.node.name:
+            self._leading.step_down(f"{self._leader or 'nobody'} leads now; ask again")
+            self._desired.follow()
+        elif sure:
+            self._leading.lead(epoch, roster)
+            self._desired.lead(epoch, roster)
+        # A leader that is unsure for a while keeps its books: it asks before it places anything.
+        self._finder.follow(self._elsewhere, leading=self._leading.complete)
+        self._serve_early()
+
+    def _on_ready(self) -> None:
+        version = self._desired.now.version
+        gen_server.cast(self.me, Atom("election"), (Atom("commands_seen"), version))
+        self._leading.on_ready()
+
+    def _on_safe(self, stamp: Stamp) -> None:
+        gen_server.cast(self.me, Atom("election"), (Atom("documents_safe"), stamp))
+
+    def _on_open(self) -> None:
+        self._finder.follow("", leading=True)
+        self._serve_early()
+
+
+def _guarded(work: Callable[[], Term]) -> Term:
+    try:
+        return work()
+    except ControlError as exc:
+        return (_ERROR, Atom(exc.kind), str(exc))
+
+
+async def _announce_local(me: Process) -> None:
+    """After a restart: coordinators of this machine say again how they are, to everybody."""
+    for one in await group_orders.what_runs(me, str(me.node.name)) or ():
+        me.send(Atom(one.spec.id), Atom("announce"))

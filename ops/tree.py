@@ -6,6 +6,7 @@ heart                     OS parent (ops/heart.py): restarts the control process
    ├─ cluster_sup         rest_for_one
    │  ├─ membership       machines, which are up, their memory and devices
    │  ├─ election         who leads, since which epoch
+   │  ├─ agent            starts and stops instances here, as the leader says
    │  ├─ scheduler        which instances should run, which do
    │  ├─ discovery        sees other machines and connects to them
    │  ├─ link_probe       measures the links to them
@@ -34,6 +35,7 @@ from bridge.gen_server import GenServer
 from bridge.process import Process
 from bridge.term import Atom, Pid
 from control import supervisor
+from control.agent import Agent
 from control.cluster import Cluster
 from control.cluster_api import ClusterApi
 from control.discovery.addresses import read_interfaces
@@ -44,7 +46,6 @@ from control.election import Election
 from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
-from control.instances import Terms
 from control.link_probe import LinkProbe, TcpTransport
 from control.lookup import Lookup, Resolved
 from control.machine import Limits, is_busy, read_machine
@@ -140,6 +141,7 @@ def cluster_sup(p: Parts) -> SupSpec:
                     tie_breaker=p.tie_breaker,
                 ),
             ),
+            _server("agent", partial(Agent, p.rank_limits)),
             _server("scheduler", partial(_scheduler, p)),
             # Last, so that their faults restart nothing that others rely on.
             _server("discovery", lambda: Discovery(p.strategies(), interfaces=read_interfaces)),
@@ -195,20 +197,10 @@ def _scheduler(p: Parts) -> Scheduler:
             raise UnknownModel(name, tuple(p.store.cards))
         return card.id
 
-    refuse = (
-        ""
-        if "compute" in p.roles
-        else (f"this machine's roles are {', '.join(p.roles)}; models run where `compute` is one")
-    )
     return Scheduler(
         Lookup(resolve=resolve, card_of=card_of),
         desired_path=p.state_dir / "desired.json",
-        terms=Terms(
-            defaults=p.defaults,
-            limits=p.rank_limits,
-            machine=partial(read_machine, p.machine_limits),
-            refuse=refuse,
-        ),
+        defaults=p.defaults,
         autoload=p.autoload,
     )
 

@@ -1,0 +1,344 @@
+"""The leader's part of a scheduler: its books, what may be asked of it, and what it hears.
+
+Another node has none of this in use. Nothing is placed before the desired state says so on a
+quorum's disks, and before every machine that is up was asked what it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from bridge import gen_server
+from bridge.gen_server import NOREPLY
+from bridge.process import Process
+from bridge.show import show
+from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
+from control import group_orders, place_question
+from control.books import Books, Record
+from control.desired import Desired, Wanted
+from control.desired_state import DesiredState
+from control.instance_spec import InstanceSpec
+from control.instances import Instances
+from control.load_options import LoadOptions
+from control.lookup import Lookup
+from control.moves import STABLE_S
+from control.placement_request import Defaults
+from control.quorum import Roster
+from control.reconcile import Running, reconcile
+from control.regrow import weigh
+from control.routes import Routes
+
+SETTLE_S: Final = 5.0  # after an election, for machines that are still starting
+GROW_DRAIN_S: Final = 30.0
+_OK, _ERROR = Atom("ok"), Atom("error")
+
+
+class Leading:
+    """What the leader does.
+
+    Args:
+        me: the scheduler's process: helpers are linked to it and report to it.
+        routes: whose ids are taken.
+        up: the other machines that are.
+        now_s: a clock.
+        on_open: the books are open.
+        on_change, on_demand_failed: as of ``Instances``.
+
+    Attributes:
+        complete: whether the books are open: orders are taken.
+    """
+
+    def __init__(
+        self,
+        me: Process,
+        books: Books,
+        desired: DesiredState,
+        routes: Routes,
+        lookup: Lookup,
+        defaults: Defaults,
+        *,
+        up: Collection[str],
+        now_s: Callable[[], float],
+        on_open: Callable[[], None],
+        on_change: Callable[[], None],
+        on_demand_failed: Callable[[str, str], None],
+    ) -> None:
+        self._me, self._books, self._desired, self._routes = me, books, desired, routes
+        self._lookup, self._defaults = lookup, defaults
+        self._up, self._now_s, self._on_open = up, now_s, on_open
+        self._node = str(me.node.name)
+        self._epoch, self._roster = 0, Roster("", (0, 0), ())
+        self.complete = False
+        self.instances = Instances(
+            me,
+            books,
+            desired,
+            lookup,
+            defaults,
+            up=self._machines,
+            now_s=now_s,
+            on_change=on_change,
+            on_demand_failed=on_demand_failed,
+        )
+
+    def _machines(self) -> Collection[str]:
+        return {*self._up, self._node}
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else is of this cluster."""
+        return self._roster.everyone <= {self._node} and not self._up
+
+    def _spawn(self, body: Callable[[Process], Any], label: str) -> None:
+        self._me.spawn(body, link=True, label=label)
+
+    # -- orders ----------------------------------------------------------------------------
+
+    def handle(self, request: Term, from_: Term) -> Term:
+        """Answer an order or a question. Raises ControlError."""
+        desired = self._desired.now
+        match request:
+            case ("load", model, dict(options)):
+                return self._load(text_of(model), LoadOptions.from_term(options), from_)
+            case ("place", model, dict(options)):
+                return self._place(text_of(model), LoadOptions.from_term(options), from_)
+            case ("unload", instance):
+                return self.instances.unload(text_of(instance), from_)
+            case ("set_default", model):
+                id_ = self.instances.resolve(text_of(model))
+                return self._save(desired.with_default(id_), from_)
+            case ("replace_default", old, new):
+                if desired.default != text_of(old):
+                    return _OK
+                id_ = self.instances.resolve(text_of(new))
+                return self._save(desired.with_default(id_), from_)
+            case "instances":
+                return [(r.coordinator or Atom("undefined"), r.describe()) for r in self._books]
+            case _:
+                return (_ERROR, Atom("unknown_call"), f"scheduler: {show(request)}")
+
+    def _save(self, desired: Desired, from_: Term) -> Term:
+        """Change the document; ``from_`` is answered when that counts."""
+
+        def saved(committed: bool) -> None:
+            gen_server.reply(self._me, from_, _OK if committed else _leader_changed())
+
+        self._desired.save(desired, saved)
+        return NOREPLY
+
+    def _load(self, ref: str, options: LoadOptions, from_: Term) -> Term:
+        model = self.instances.resolve(ref)
+        single = replace(options, replicas=0)
+        records: list[Record] = []
+        desired = self._desired.now
+        for _ in range(max(1, options.replicas)):
+            id_ = self._new_id(model, desired)
+            record = Record(id_, model, Wanted(id_, model, single))
+            desired = desired.add(record.wanted)
+            records.append(record)
+        desired = replace(desired, version=self._desired.now.version + 1)
+        records[0].reply_to = from_
+
+        def saved(committed: bool) -> None:
+            if not committed:
+                gen_server.reply(self._me, from_, _leader_changed())
+                return
+            for record in records:
+                self.instances.begin(record)
+
+        self._desired.save(desired, saved)
+        return NOREPLY
+
+    def load_on_demand(self, name: str) -> None:
+        """Bring up a model that a request names. Raises UnknownModel."""
+        model = self._lookup.card_of(name)
+        id_ = self._new_id(model, self._desired.now)
+        self.instances.begin(Record(id_, model, Wanted(id_, model), on_demand=True))
+
+    def _new_id(self, model: str, desired: Desired) -> str:
+        return self._books.new_id(model, desired, (route.id for route in self._routes))
+
+    def _place(self, ref: str, options: LoadOptions, from_: Term) -> Term:
+        question = place_question.Question(
+            model=self.instances.resolve(ref),
+            lookup=self._lookup,
+            options=options,
+            defaults=self._defaults,
+            used=self._books.used(),
+        )
+        self._spawn(partial(place_question.answer, question, from_), f"place {ref}")
+        return NOREPLY
+
+    def forget_all(self) -> None:
+        """Nothing is wanted any more; of a machine alone."""
+        if self.complete and self.alone:
+            for record in self._books:
+                self.instances.unload(record.id, None)
+            self._desired.save(Desired(self._desired.now.version + 1))
+
+    # -- messages --------------------------------------------------------------------------
+
+    def take(self, message: Term) -> bool:
+        """Word of a helper; False where it is something else."""
+        instances = self.instances
+        match message:
+            case ("fetching", str(id_)):
+                instances.on_fetching(id_)
+            case ("placed", str(id_), dict(taken)):
+                instances.on_placed(id_, taken)
+            case ("prepared", str(id_), InstanceSpec() as spec):
+                instances.on_prepared(id_, spec)
+            case ("started", str(id_), Pid() as group):
+                instances.on_started(id_, group)
+            case ("failed", str(id_), kind, text):
+                instances.on_failed(id_, str(kind), text_of(text))
+            case ("make_room", str(id_), list(others)):
+                instances.on_make_room(id_, others)
+            case ("group_down", str(id_), known, reason):
+                instances.on_group_judged(id_, known, reason)
+            case ("stopped", str(id_)):
+                instances.on_stopped(id_)
+            case ("move", str(id_), why):
+                self._move(id_, text_of(why))
+            case ("better", str(id_), text):
+                self._better(id_, text_of(text))
+            case ("retry", str(id_)) if self.complete:
+                instances.retry_failed(id_)
+            case ("stock", int(epoch), list(running)):
+                self._on_stock(epoch, running)
+            case ("joined", node, list(running)):
+                self._on_joined(text_of(node), running)
+            case ("lost", node):
+                if self.complete and text_of(node) not in self._up:
+                    instances.on_lost(text_of(node))
+            case ("settled", int(epoch)):
+                self._begin_missing(epoch)
+            case ("reconsider",):
+                self._reconsider()
+            case ("retry", _):
+                pass  # of a leader that was
+            case _:
+                return False
+        return True
+
+    def on_down(self, monitor: Ref, reason: Term) -> None:
+        """A monitor that is no route's."""
+        self.instances.on_group_down(monitor, reason)
+
+    # -- machines --------------------------------------------------------------------------
+
+    def node_up(self, node: str) -> None:
+        """A machine came: what does it run?"""
+        self.instances.moves.note_up(node, self._now_s())
+        if self.complete:
+            work = partial(group_orders.welcome, node=node, books=self._me.pid)
+            self._spawn(work, f"what runs on {node}")
+
+    def node_down(self, node: str) -> None:
+        """A machine went: for good?"""
+        self.instances.moves.note_down(node)
+        if self.complete:
+            work = partial(group_orders.judge, node=node, books=self._me.pid)
+            self._spawn(work, f"is {node} gone")
+
+    def _on_joined(self, node: str, running: list[Running]) -> None:
+        if not self.complete or node not in self._up:
+            return
+        known = {record.id: record for record in self._books}
+        self.instances.take_up(reconcile(running, self._desired.now, known))
+        self.instances.on_joined(node, running)
+        self.instances.retry_failed()
+        self._me.send_after(STABLE_S, self._me.pid, (Atom("reconsider"),))
+
+    # -- beginning and ending to lead ------------------------------------------------------
+
+    def lead(self, epoch: int, roster: Roster) -> None:
+        """This node has authority for ``epoch``."""
+        self._epoch, self._roster = epoch, roster
+
+    def on_ready(self) -> None:
+        """The desired state is known; now what runs."""
+        if not self.complete:
+            nodes, books = sorted(self._machines()), self._me.pid
+            work = partial(group_orders.take_stock, epoch=self._epoch, nodes=nodes, books=books)
+            self._spawn(work, "take stock")
+
+    def step_down(self, why: str) -> None:
+        """Another leads: the books are its own now."""
+        if self._epoch:
+            self.instances.drop_all(why)
+        self._epoch, self.complete = 0, False
+
+    def _on_stock(self, epoch: int, running: list[Running]) -> None:
+        """The books are opened with what runs."""
+        if not self._epoch or self.complete:
+            return
+        if epoch != self._epoch:
+            self.on_ready()  # a newer epoch of this node: as things are now
+            return
+        self.complete = True
+        known = {record.id: record for record in self._books}
+        self.instances.take_up(reconcile(running, self._desired.now, known))
+        self._on_open()
+        if self._roster.everyone <= set(self._machines()):
+            self._begin_missing(epoch)
+        else:  # machines of before may be about to come, with what they run
+            self._me.send_after(SETTLE_S, self._me.pid, (Atom("settled"), epoch))
+
+    def _begin_missing(self, epoch: int) -> None:
+        """Bring up what should run and does not, the most important first."""
+        if not self.complete or not self._epoch:
+            return
+        known = {record.id: record for record in self._books}
+        missing = reconcile((), self._desired.now, known).missing
+        for record in sorted(missing, key=lambda r: -r.wanted.options.priority):
+            self.instances.begin_wanted(record)
+
+    # -- moving and growing ----------------------------------------------------------------
+
+    def _move(self, id_: str, why: str) -> None:
+        """An instance that moved often has waited; it may be well again meanwhile."""
+        record = self._books.get(id_) if self.complete else None
+        waits = record is not None and record.spec is not None and record.coordinator is None
+        if record is not None and waits and record.state == "recovering":
+            self.instances.move(record, why)
+
+    def _reconsider(self) -> None:
+        """Machines came: is there a better place for what runs?"""
+        if not self.complete:
+            return
+        moves = self.instances.moves
+        wait_s = moves.settles_in_s(self._now_s())
+        if wait_s > 0:
+            self._me.send_after(wait_s, self._me.pid, (Atom("reconsider"),))
+            return
+        for record in self._books:
+            if self._may_grow(record) and record.spec is not None:
+                work = partial(
+                    weigh,
+                    spec=record.spec,
+                    options=record.wanted.options,
+                    defaults=self._defaults,
+                    used=self._books.used(but=record.id),
+                    books=self._me.pid,
+                )
+                self._spawn(work, f"a better place for {record.id}")
+
+    def _may_grow(self, record: Record) -> bool:
+        free = record.wanted.options.shape() is None and record.worker is None
+        may = self.instances.moves.may_grow(record.id, self._now_s())
+        return record.state == "ready" and free and may
+
+    def _better(self, id_: str, text: str) -> None:
+        record = self._books.get(id_) if self.complete else None
+        if record is not None and self._may_grow(record):
+            self.instances.move(record, text, drain_s=GROW_DRAIN_S)
+
+
+def _leader_changed() -> Term:
+    text = "this machine leads no more; look with `ctl status` whether it was done, else ask again"
+    return (_ERROR, Atom("leader_changed"), text)
