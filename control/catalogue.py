@@ -4,6 +4,8 @@
 
     <root>/<model>/...              a whole model, with phalanx.json that says what it is
     <root>/.partial/<model>/<n>/    what of its n-th source has arrived so far
+    <root>/.parts/<model>/          what peers have given of it, ``control.peer_files.part_copy``
+    <root>/.digests/<model>/        of its chunks, for peers
     <root>/.locks/<model>.lock      held by the process that fetches it
 
 A model's folder comes into being by one rename, so that what is there is whole.
@@ -24,10 +26,13 @@ from typing import Any, Literal
 
 from control.errors import NotAModel, StoreUnusable, UnknownModel
 from control.fetch import disk_errors
+from control.store_room import Holding, taken_bytes, touch, touched_s
 from models.card import Card, HubSource, PathSource, Source, find_card
+from models.part_note import OWN_NOTES, PART_NOTE
 
 MANIFEST = "phalanx.json"
 NOTE = "progress.json"  # in the folder of a download: how far it is
+_NOTES = (MANIFEST, f"files/{PART_NOTE}", NOTE)  # touched when a model is used
 HUB = "hf:"
 _HUB_FORM = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/(.+))?")
 
@@ -111,23 +116,55 @@ class Shelf:
         """Where it grows."""
         return self.root / ".partial" / slug(model_id)
 
+    def parts(self, model_id: str) -> Path:
+        """Where parts of it are that peers gave."""
+        return self.root / ".parts" / slug(model_id)
+
+    def notes(self, model_id: str) -> Path:
+        """Where digests of it are kept."""
+        return self.root / ".digests" / slug(model_id)
+
+    def path_of_parts(self, model_id: str) -> Path | None:
+        """What to open of a model of which parts are here; None where there are none."""
+        return self._parts_in(self.parts(model_id))[0]
+
+    def _parts_in(self, folder: Path) -> tuple[Path | None, str]:
+        """What to open, and the model's id; ``(None, "")`` where there is nothing."""
+        files = folder / "files"
+        try:
+            note = json.loads((files / PART_NOTE).read_text(encoding="utf-8"))
+            return (files / note["main"] if note["main"] else files), str(note["id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, ""
+
     def has_part(self, model_id: str) -> bool:
         """Whether something of a model has arrived that the next download can use."""
+        if self.path_of_parts(model_id) is not None:
+            return True
         return any(p.is_file() and p.name != NOTE for p in self.work(model_id).rglob("*"))
 
     def lock_file(self, model_id: str) -> Path:
         """Locked by whoever writes to the two. Raises StoreUnusable, DiskFull."""
-        path = self.root / ".locks" / f"{slug(model_id)}.lock"
+        return self.lock_of(slug(model_id))
+
+    def lock_of(self, folder: str) -> Path:
+        """The same, by the name of the model's folder."""
+        path = self.root / ".locks" / f"{folder}.lock"
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         return path
 
+    def stored(self, model_id: str) -> Path | None:
+        """The GGUF file or folder to load, if the store has all of the model."""
+        found = self._stored(self.folder(model_id))
+        return found[0] if found is not None else None
+
     def path_of(self, ref: ModelRef) -> Path | None:
         """The GGUF file or folder to load, if the model is whole and on this machine."""
-        found = self._stored(self.folder(ref.id))
+        found = self.stored(ref.id)
         if found is not None:
-            return found[0]
+            return found
         for source in ref.sources:
             if isinstance(source, PathSource):
                 path = Path(source.path).expanduser()
@@ -136,17 +173,24 @@ class Shelf:
                     return path
         return None
 
-    def publish(self, model_id: str, files: Path, source: str) -> Path:
+    def publish(self, model_id: str, files: Path, source: str, *, main: str = "") -> Path:
         """Make the finished folder ``files`` the model; returns what to load.
+
+        Args:
+            main: the file of it to load; empty for the one GGUF file, or the whole folder.
 
         Raises:
             NotAModel: it holds nothing that can be loaded.
             DiskFull, StoreUnusable.
         """
-        names = sorted(p.relative_to(files) for p in files.rglob("*") if p.is_file())
+        names = sorted(
+            p.relative_to(files)
+            for p in files.rglob("*")
+            if p.is_file() and p.name not in OWN_NOTES
+        )
         sizes = {name.as_posix(): (files / name).stat().st_size for name in names}
         ggufs = [name for name in sizes if name.lower().endswith(".gguf")]
-        main = ggufs[0] if len(ggufs) == 1 else ""
+        main = main or (ggufs[0] if len(ggufs) == 1 else "")
         if not main:
             check_model_path(files, model_id)
         manifest = {"id": model_id, "source": source, "main": main, "files": sizes}
@@ -160,11 +204,45 @@ class Shelf:
 
     def remove(self, model_id: str) -> bool:
         """Delete what the store holds of a model; False if that was nothing."""
-        held = [p for p in (self.folder(model_id), self.work(model_id)) if p.exists()]
+        return self.remove_folder(slug(model_id))
+
+    def remove_folder(self, name: str) -> bool:
+        """The same, by the name of the model's folder."""
+        held = [base / name for base in self._bases() if (base / name).exists()]
+        notes = self.root / ".digests" / name
         with disk_errors(self.root):
-            for path in held:
+            for path in (*held, *((notes,) if notes.exists() else ())):
                 shutil.rmtree(path)
         return bool(held)
+
+    def holdings(self) -> list[Holding]:
+        """What every model that lies here takes, and when it was last used. Raises OSError."""
+        ids: dict[str, str] = {}  # folder name -> id
+        for folder in _folders(self.root):
+            stored = self._stored(folder)
+            ids[folder.name] = stored[1]["id"] if stored else folder.name
+        for folder in _folders(self.root / ".parts"):
+            ids.setdefault(folder.name, self._parts_in(folder)[1] or folder.name)
+        for folder in _folders(self.root / ".partial"):
+            ids.setdefault(folder.name, folder.name)
+        return [
+            Holding(
+                id_,
+                name,
+                sum(taken_bytes(base / name) for base in self._bases()),
+                max(touched_s(base / name / note) for base in self._bases() for note in _NOTES),
+            )
+            for name, id_ in ids.items()
+        ]
+
+    def touch(self, model_id: str) -> None:
+        """It is used now."""
+        for base in self._bases():
+            for note in _NOTES:
+                touch(base / slug(model_id) / note)
+
+    def _bases(self) -> tuple[Path, ...]:
+        return self.root, self.root / ".parts", self.root / ".partial"
 
     def list(self, cards: Mapping[str, Card]) -> list[Entry]:
         """All cards, then everything else that lies in the store.
@@ -174,9 +252,8 @@ class Shelf:
         """
         entries = [self._card_entry(card) for card in cards.values()]
         try:
-            folders = sorted(p for p in self.root.iterdir() if not p.name.startswith("."))
-        except FileNotFoundError:
-            return entries
+            folders = _folders(self.root)
+            parts = _folders(self.root / ".parts")
         except OSError as exc:
             raise StoreUnusable(str(self.root), exc.strerror or str(exc)) from exc
         for folder in folders:
@@ -193,6 +270,11 @@ class Shelf:
                         path=path,
                     )
                 )
+        for folder in parts:
+            at, id_ = self._parts_in(folder)
+            if at is not None and id_ not in cards:
+                size = sum(p.stat().st_size for p in (folder / "files").rglob("*") if p.is_file())
+                entries.append(Entry(id=id_, name=id_, family="", state="partial", size_bytes=size))
         return entries
 
     def _card_entry(self, card: Card) -> Entry:
@@ -219,6 +301,14 @@ class Shelf:
             return (folder / str(manifest["main"]), manifest) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _folders(base: Path) -> list[Path]:
+    """Folders of models. Raises OSError, not where there are none yet."""
+    try:
+        return sorted(p for p in base.iterdir() if not p.name.startswith("."))
+    except FileNotFoundError:
+        return []
 
 
 def slug(model_id: str) -> str:

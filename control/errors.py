@@ -116,6 +116,27 @@ class DiskFull(ControlError):
         )
 
 
+class QuotaExceeded(ControlError):
+    """A model does not fit in the quota of the model store, whatever else were deleted."""
+
+    kind = "quota_exceeded"
+
+    def __init__(
+        self, model: str, need_bytes: int, quota_bytes: int, held_bytes: int, in_use_bytes: int
+    ) -> None:
+        super().__init__(model, need_bytes, quota_bytes, held_bytes, in_use_bytes)
+        self.model, self.need_bytes, self.quota_bytes = model, need_bytes, quota_bytes
+        self.held_bytes, self.in_use_bytes = held_bytes, in_use_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"no room for {self.model}: {self.need_bytes / 1e6:.1f} MB more are needed; the quota "
+            f"is {self.quota_bytes / 1e6:.1f} MB, models take {self.held_bytes / 1e6:.1f} MB, "
+            f"those that run {self.in_use_bytes / 1e6:.1f} MB of that. Unload or remove a model, "
+            "or raise models.quota."
+        )
+
+
 class StoreUnusable(ControlError):
     """The folder of the model store cannot be read or written."""
 

@@ -62,13 +62,13 @@ def figures(small_s: Sequence[float], large: Sequence[tuple[int, float]]) -> tup
     return max(round_s / 2, 1e-9), rate
 
 
-def listen(host: str) -> socket.socket:
+def listen(host: str, *, backlog: int = 1) -> socket.socket:
     """A listener on a free port of an address. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.bind((host, 0))
-        listener.listen(1)
+        listener.listen(backlog)
     except OSError:
         listener.close()
         raise

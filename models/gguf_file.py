@@ -85,6 +85,10 @@ class GgufFile:
         """Read-only view of a tensor's bytes: uint8 (size_bytes,)."""
         return self._data[tensor.start : tensor.start + tensor.size_bytes]
 
+    def content(self) -> Bytes:
+        """Read-only view of the whole file: uint8 (size_bytes,)."""
+        return self._data
+
     def header(self) -> Bytes:
         """Read-only view of everything before the tensor data."""
         return self._data[: self.header_bytes]

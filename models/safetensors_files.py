@@ -14,6 +14,7 @@ import numpy as np
 
 from models.errors import CorruptModel, NoSuchModel, UnsupportedModel
 from models.quant import Bytes
+from models.weights import mapping_of
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 READ = ("F32", "F16", "BF16", "F8_E4M3")  # as weights
@@ -183,6 +184,13 @@ def _tensor(path: Path, name: str, entry: Any, data: Bytes) -> StoredTensor:
                 found=last - first,
             )
     return StoredTensor(path, name, kind, shape, data[first:last])
+
+
+def whole_file(tensor: StoredTensor) -> Bytes:
+    """The file that a tensor is of: uint8 (size_bytes,), a read-only view."""
+    owner = mapping_of(tensor.data)
+    assert owner is not None  # ``open_safetensors`` maps every file
+    return np.frombuffer(owner, dtype=np.uint8)
 
 
 def _format(tensor: StoredTensor) -> str:

@@ -83,6 +83,14 @@ def canonical_weights(
     return found
 
 
+def is_read_at_once(tensor: StoredTensor, quantization: Quantization | None) -> bool:
+    """Whether ``canonical_weights`` reads the values of a tensor, not its header alone."""
+    part = tensor.name.rpartition(".")[2]
+    if part == "bias":
+        return quantization is not None and quantization.method == "gptq"
+    return part in ("weight_scale_inv", "g_idx") or (part == "scales" and tensor.kind == "BF16")
+
+
 def canonical(name: str, spec: ModelSpec) -> str | None:
     """Canonical name of a stored tensor; None for one that the text model does not use."""
     if name.removeprefix("model.").startswith(OTHER_HALVES):

@@ -155,14 +155,19 @@ def release_file(data: Bytes) -> None:
         owner.madvise(_LET_GO)
 
 
-def _mapping(data: Bytes) -> mmap.mmap | None:
-    """The mapping behind a view; None where there is none, or no way to let go of its pages."""
+def mapping_of(data: npt.NDArray[Any]) -> mmap.mmap | None:
+    """The mapping of a file behind a view; None where there is none."""
     owner: Any = data
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
-    return owner if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+    return owner if isinstance(owner, mmap.mmap) else None
+
+
+def _mapping(data: Bytes) -> mmap.mmap | None:
+    """The same; None also where there is no way to let go of its pages."""
+    return mapping_of(data) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 def pieces(weight: Weight, rows: slice, multiple: int) -> Iterator[slice]:

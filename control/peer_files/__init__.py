@@ -1,0 +1,1 @@
+"""Files of models from the machines that have them: what is offered, served, fetched and kept."""

@@ -1,0 +1,104 @@
+"""Which chunks are still to come, and who fetches which next. One lock, no I/O.
+
+Work is given out in *runs*, some chunks in a row of one file. A run that a peer could not give is
+never given to that peer again; once nothing else is left, runs under way are given out a second
+time, so that one slow peer does not hold up the end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from control.peer_files.chunks import MAX_RUN_CHUNKS, rows_of
+
+MAX_COPIES: Final = 2  # of one run under way
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` chunks of a file from ``first`` on."""
+
+    name: str
+    first: int
+    count: int
+
+
+Has = Callable[[Run], bool]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    run: Run
+    taken: list[str] = field(default_factory=list)  # by whom, now
+    refused: set[str] = field(default_factory=set)  # who cannot give it
+
+
+class Board:
+    """Shared by the threads that fetch."""
+
+    def __init__(self, missing: Mapping[str, Sequence[int]]) -> None:
+        """``missing``: chunks of each file."""
+        self._changed = threading.Condition()
+        self._open = [
+            _Entry(Run(name, row.start, len(row)))
+            for name, found in missing.items()
+            for row in rows_of(found, MAX_RUN_CHUNKS)
+        ]
+
+    def take(self, peer: str, has: Has) -> Run | None:
+        """A run for ``peer``; None while there is none for it."""
+        with self._changed:
+            able = [e for e in self._open if peer not in e.refused and peer not in e.taken]
+            for copies in range(MAX_COPIES):
+                for entry in able:
+                    if len(entry.taken) == copies and has(entry.run):
+                        entry.taken.append(peer)
+                        return entry.run
+            return None
+
+    def needs(self, run: Run) -> bool:
+        """Whether nobody else has brought it meanwhile."""
+        with self._changed:
+            return any(entry.run == run for entry in self._open)
+
+    def done(self, run: Run, peer: str, bad: Sequence[int] = ()) -> None:
+        """All chunks of a run are here but the ``bad`` ones, which ``peer`` cannot give."""
+        with self._changed:
+            for entry in [e for e in self._open if e.run == run]:
+                self._open.remove(entry)
+                for row in rows_of(bad):
+                    left = _Entry(Run(run.name, row.start, len(row)))
+                    left.refused = entry.refused | {peer}
+                    self._open.append(left)
+            self._changed.notify_all()
+
+    def give_back(self, run: Run, peer: str) -> None:
+        """``peer`` did not get to it; it may try again."""
+        with self._changed:
+            for entry in self._open:
+                if entry.run == run and peer in entry.taken:
+                    entry.taken.remove(peer)
+            self._changed.notify_all()
+
+    def is_empty(self) -> bool:
+        """Whether everything is here."""
+        with self._changed:
+            return not self._open
+
+    def is_hopeless(self, peer: str) -> bool:
+        """Whether ``peer`` can give nothing of what is left."""
+        with self._changed:
+            return all(peer in entry.refused for entry in self._open)
+
+    def wait(self, timeout_s: float) -> None:
+        """For another thread's news."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def wake(self) -> None:
+        """End all waits: there is news from elsewhere."""
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,80 @@
+"""Nodes with a model store each, connected over loopback, inside the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from bridge import gen_server
+from bridge.node import Node
+from bridge.process import Process
+from bridge.term import Atom, Pid, Term
+from control.model_store import ModelStore
+from control.model_store_server import ModelStoreServer
+from tests.models.tiny import llama_tensors, write_gguf
+
+
+class StoreNode:
+    """Made by ``store_nodes``."""
+
+    def __init__(self, node: Node, store: ModelStore, server: ModelStoreServer) -> None:
+        self.node, self.store, self.server = node, store, server
+
+    @property
+    def name(self) -> str:
+        return str(self.node.name)
+
+    async def ask(self, *request: Any, to: str = "", timeout_s: float = 20) -> Any:
+        """Call a ``model_store``, this node's own unless another's name is given."""
+        term: Any = (Atom(request[0]), *request[1:]) if len(request) > 1 else Atom(request[0])
+        dest = (Atom("model_store"), Atom(to or self.name))
+        return await gen_server.node_call(self.node, dest, term, timeout_s=timeout_s)
+
+    async def ensure(self, ref: str, *peers: StoreNode, part: Term = None, **more: Any) -> Any:
+        """``{ensure, Ref, #{from => Peers, part => Part}}``."""
+        options: dict[Any, Term] = {Atom("from"): [Atom(peer.name) for peer in peers]}
+        if part is not None:
+            options[Atom("part")] = part
+        return await self.ask("ensure", ref, options, **more)
+
+
+@contextlib.asynccontextmanager
+async def store_nodes(
+    folder: Path, *names: str, quota_bytes: int | None = None
+) -> AsyncIterator[list[StoreNode]]:
+    """One node for each name, all connected; their stores are folders of those names."""
+    made: list[StoreNode] = []
+    async with contextlib.AsyncExitStack() as stack:
+        for name in names:
+            node = Node(f"{name}@127.0.0.1", "SECRET")
+            await node.start(listen=("127.0.0.1", 0), epmd=None)
+            stack.push_async_callback(node.stop)
+            store = ModelStore(folder / name, {}, quota_bytes=quota_bytes)
+            server = ModelStoreServer(store)
+            pid = await gen_server.start(node, server, name="model_store")
+            stack.push_async_callback(stop_server, node, pid)
+            for other in made:
+                assert await node.connect(other.name, address=other.node.address)
+            made.append(StoreNode(node, store, server))
+        yield made
+
+
+async def stop_server(node: Node, pid: Pid) -> None:
+    with node.open_process(label="end") as me:
+        end_of(me, pid)
+        await me.receive(lambda m: m if m[0] == "DOWN" else None, timeout_s=5)
+
+
+def end_of(me: Process, pid: Pid) -> None:
+    me.monitor(pid)
+    me.exit(pid, Atom("shutdown"))
+
+
+def big_gguf(path: Path, *, ffn: int = 4096, layers: int = 2) -> Path:
+    """A model of some megabytes with random weights."""
+    tensors = llama_tensors(layers=layers, hidden=256, heads=8, kv_heads=4, ffn=ffn, vocab=128)
+    return write_gguf(
+        path, tensors, metadata={"attention.head_count": 8, "attention.head_count_kv": 4}
+    )
