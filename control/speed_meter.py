@@ -3,6 +3,7 @@
 A spare port is leased for it, runs some steps of a made-up model, and is ended. That is about two
 seconds of work, the first time that a version runs on a machine; it is done while nothing runs
 here, or while what runs is idle. What was found goes to ``membership``, which tells the others.
+What was found while other programs were busy is a guess: it is told, and measured some times more.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ log = logging.getLogger("control.speed_meter")
 
 LEASE_NAME: Final = "$speed_meter"  # no instance can be called so
 LEASE_S: Final = 90.0
-MEASURE_S: Final = 60.0  # kernels may have to be compiled first
+MEASURE_S: Final = 600.0  # kernels may have to be compiled first, of several processes by one
+MOST_TRIES: Final = 5  # on a machine that is never idle
 TELL_S: Final = 5.0
 LEAST_FREE_BYTES: Final = 2**30
 _PORTS: Final = Atom("ports")
@@ -39,11 +41,29 @@ class Pace:
 
     Attributes:
         check_s: from the start, and between two looks whether the machine is idle.
-        idle_percent: of all cores' time; up to there ranks that run count as idle.
+        settle_s: from a port's lease until it measures: another spare starts in its place.
+        again_s: before a device is measured anew that may have been slowed down; then twice that.
+        idle_percent: of all cores' time; up to there the machine counts as idle.
     """
 
     check_s: float = 5.0
+    settle_s: float = 5.0
+    again_s: float = 60.0
     idle_percent: float = 25.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A device that is not measured, or not well.
+
+    Attributes:
+        due_s: when it is measured next; tries: how often it was.
+    """
+
+    device: str
+    due_s: float = 0.0
+    tries: int = 0
+    best: Speed | None = None
 
 
 class SpeedMeter(GenServer):
@@ -86,28 +106,40 @@ class SpeedMeter(GenServer):
         devices = devices_of(self._read())
         self._speeds = {device: kept[what] for device, what in devices.items() if what in kept}
         await self._tell(me)
-        missing = [device for device in devices if device not in self._speeds]
+        todo = [_Open(device) for device in devices if device not in self._speeds]
         self._used_percent()
-        while missing:
+        while todo:
             await asyncio.sleep(self._pace.check_s)
-            device = missing[0]
-            if not await self._is_good_time(me):
-                continue
-            what = devices[device]
+            percent, now_s = self._used_percent(), asyncio.get_running_loop().time()
+            one = min(todo, key=lambda one: one.due_s)
+            what = devices[one.device]
             if what in kept:  # another one of the same name
-                speed: Speed | None = kept[what]
-            else:
-                speed = await self._measure(me, device)
-            missing.remove(device)
-            if speed is None:
+                one.best = kept[what]
+                todo.remove(one)
+            elif one.due_s > now_s or not await self._is_good_time(me, percent):
                 continue
-            self._speeds[device] = kept[what] = speed
-            self._file.write(version, kept)
+            elif await self._try(me, one, percent):
+                todo.remove(one)
+            if one.best is None:
+                continue
+            self._speeds[one.device] = one.best
+            if one not in todo:
+                kept[what] = one.best
+                self._file.write(version, kept)
             await self._tell(me)
 
-    async def _is_good_time(self, me: Process) -> bool:
+    async def _try(self, me: Process, one: _Open, percent: float) -> bool:
+        """Measure once; whether that was it."""
+        speed = await self._measure(me, one.device)
+        if speed is None:
+            return True
+        one.tries += 1
+        one.best = speed if one.best is None else _faster(one.best, speed)
+        one.due_s = asyncio.get_running_loop().time() + self._pace.again_s * 2**one.tries / 2
+        return percent <= self._pace.idle_percent or one.tries >= MOST_TRIES
+
+    async def _is_good_time(self, me: Process, percent: float) -> bool:
         """No rank runs here, or all that do wait for requests; and there is memory."""
-        percent = self._used_percent()
         if self._read().available_bytes < LEAST_FREE_BYTES:
             return False
         try:
@@ -125,6 +157,7 @@ class SpeedMeter(GenServer):
                 case ("ok", port_id, Pid() as port, _):
                     request = (Atom("measure"), device, self._read().cores)
                     try:
+                        await asyncio.sleep(self._pace.settle_s)
                         answer = await gen_server.call(me, port, request, timeout_s=MEASURE_S)
                     finally:
                         await gen_server.call(me, _PORTS, (Atom("release"), port_id))
@@ -147,3 +180,8 @@ class SpeedMeter(GenServer):
     async def _tell(self, me: Process) -> None:
         told: Term = {Atom("speeds"): speeds_term(self._speeds)}
         await gen_server.call(me, Atom("membership"), (Atom("tell"), told), timeout_s=TELL_S)
+
+
+def _faster(a: Speed, b: Speed) -> Speed:
+    """What a device showed that it can do."""
+    return Speed(max(a.weights_per_s, b.weights_per_s), max(a.flops_per_s, b.flops_per_s))

@@ -21,7 +21,7 @@ from tests.control.cluster_node import MACHINE, ClusterNode, cluster_node, conne
 from tests.waiting import wait_until_async
 
 SPEED = Speed(2e10, 1e11)
-QUICK = Pace(check_s=0.01)
+QUICK = Pace(check_s=0.01, settle_s=0.0, again_s=0.01)
 
 
 @dataclass
@@ -66,7 +66,7 @@ async def meter(
     port: Port,
     *,
     running: list[Term] | None = None,
-    used: Callable[[], float] = lambda: 100.0,
+    used: Callable[[], float] = lambda: 1.0,
     machine: Machine = MACHINE,
 ) -> tuple[SpeedMeter, Ports]:
     ports = Ports(port, running if running is not None else [])
@@ -105,6 +105,28 @@ def test_measured_once_kept_and_told_to_others(tmp_path: Path) -> None:
                 while await speeds(again, again.name) != {"cpu:0": SPEED}:
                     pass
             assert ports.seen == []
+
+    asyncio.run(run())
+
+
+def test_what_was_measured_beside_other_work_is_measured_again(tmp_path: Path) -> None:
+    answers: list[Term] = [
+        (Atom("ok"), 1e10, 9e10),
+        (Atom("ok"), 8e9, 2e11),
+        (Atom("ok"), 1.0, 1.0),
+    ]
+    used = [100.0, 90.0, 1.0]
+
+    class Moody(Port):
+        async def handle_call(self, request: Term, from_: Term) -> Term:
+            return answers.pop(0)
+
+    async def run() -> None:
+        async with cluster_node("here") as here:
+            path = tmp_path / "speeds.json"
+            await meter(here, path, Moody(Atom("ok")), used=lambda: used[-len(answers)])
+            await wait_until_async(lambda: path.exists(), 10.0)
+            assert await speeds(here, here.name) == {"cpu:0": Speed(1e10, 2e11)}
 
     asyncio.run(run())
 
