@@ -148,8 +148,11 @@ def _running(instance: dict[str, Any], info: ModelInfo | None) -> dict[str, Any]
 
 async def _lines(progress: AsyncIterator[PullProgress]) -> AsyncGenerator[bytes, None]:
     """Ollama's lines of a pull; a source stands for what it calls a layer."""
-    yield ndjson.line({"status": "pulling manifest"})
+    begun = False
     async for now in progress:
+        if not begun:  # what is refused at once has a status
+            begun = True
+            yield ndjson.line({"status": "pulling manifest"})
         match now.phase:
             case "done":
                 yield ndjson.line({"status": "success"})

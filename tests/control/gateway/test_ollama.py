@@ -10,6 +10,7 @@ import ollama
 import pytest
 
 from control.backend import DoneEvent, PullProgress
+from control.errors import DownloadFailed
 from control.gateway.ollama_types import OllamaChatRequest
 from control.gateway.settings import GatewaySettings
 from tests.control.gateway.fake_backend import CONTEXT_TOKENS, MODEL, FakeBackend, FakeControl
@@ -257,12 +258,17 @@ def test_pull_tells_its_progress(steered: tuple[Live, FakeControl]) -> None:
 
 
 def test_a_pull_that_fails_says_why(steered: tuple[Live, FakeControl]) -> None:
-    live, _ = steered
-    with pytest.raises(ollama.ResponseError, match="unknown model"):
-        list(live.ollama.pull("nope", stream=True))
+    live, control = steered
+    for stream in (False, True):
+        answer = live.http.post("/api/pull", json={"model": "nope", "stream": stream})
+        assert answer.status_code == 404
+        assert "unknown model" in answer.json()["error"]
+    control.pulled = (PullProgress(phase="waiting"), DownloadFailed("a/b", "the disk is slow"))
+    with pytest.raises(ollama.ResponseError, match="the disk is slow"):
+        list(live.ollama.pull("hf:a/b", stream=True))
     with pytest.raises(ollama.ResponseError) as caught:
-        live.ollama.pull("nope")
-    assert caught.value.status_code == 404
+        live.ollama.pull("hf:a/b")
+    assert caught.value.status_code == 400
     answer = live.http.post("/api/pull", json={"model": "x", "insecure": True})
     assert answer.status_code == 400
     assert "insecure" in answer.json()["error"]
