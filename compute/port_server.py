@@ -12,6 +12,7 @@ cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done`
 cast ``{cancel, Ref}``                                  the request ends as ``cancelled``
 cast ``{own, Pid}``                                     beats go to ``Pid`` from now on; what an
                                                         earlier owner let through is dropped
+cast ``warm_network``                                   imports what meeting other machines takes
 cast ``stop``                                           the port ends
 sends ``{admitted, Ref}``                              to the requester, before its first step
 sends ``{token, Ref, Index, Id, LogProb, Top}``         to the requester
@@ -132,6 +133,9 @@ class PortServer(GenServer):
                 if self.owner not in (None, owner):
                     self._drop_all()
                 self.owner = owner
+            case "warm_network":
+                if self.order is None:
+                    self._thread.run(_import_network)
             case "stop":
                 raise Stop(Atom("normal"))
             case _:
@@ -343,6 +347,12 @@ class PortServer(GenServer):
 
         traceback.print_exception(error)
         self._end(70)
+
+
+def _import_network() -> None:
+    """What carries sums between machines: the libraries are large."""
+    import compute.collectives_gloo
+    import compute.collectives_host  # noqa: F401
 
 
 async def _dial(node: Atom, from_: Term, me: Process) -> None:

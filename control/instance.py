@@ -299,6 +299,7 @@ def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> 
             layout=layout,
             placement=spec.first_epoch,
             fresh=history.epoch > first,  # what an epoch that failed has left is not wanted
+            spans=len(spec.nodes) > 1,
         )
         server = Rank(want, limits, on_lost=history.note)
         return await gen_server.start_link(me, server, name=rank_name(spec.id, rank))

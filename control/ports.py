@@ -7,7 +7,7 @@ next life of the control process adopts those that still run and kills the rest.
 ====================================================  ======================================
 call ``{lease, Instance, Rank}`` or
 ``{lease, Instance, Rank, #{holder, layout,``
-``placement, fresh}}``                                ``{ok, PortId, PortPid, OsPid}`` | error
+``placement, fresh, spans}}``                         ``{ok, PortId, PortPid, OsPid}`` | error
 call ``{claim, PortId, Holder}``                      the same, of this very port
 call ``{release, PortId}``                            ``ok``: killed, waited for 5 s at most
 call ``{hello, PortPid, Facts}`` (from a port)        ``welcome`` | ``unknown``
@@ -19,7 +19,8 @@ A holder (whoever asks, or the pid given) may be on another machine. Its port is
 machine before the lease is answered: it does not listen itself. A child ends with its holder,
 except where the holder is out of reach (``noconnection``): it may live, or a restarted control
 process may want the weights. Such an orphan is kept for ORPHAN_S, and a lease of the same rank
-and layout gets it, unless it asks for a ``fresh`` one.
+and layout gets it, unless it asks for a ``fresh`` one. Once a lease ``spans`` machines, spares
+import what ranks need to meet over a network, which takes seconds, and memory.
 
 Of two holders that want the same rank of the same instance the newer placement wins: its lease
 kills the other's child. One that is not newer is refused as ``held``.
@@ -68,6 +69,7 @@ class PortsState:
 
     children: dict[str, Child] = field(default_factory=dict)
     started: int = 0
+    spans: bool = False  # ranks here have met those of other machines
 
 
 class Ports(GenServer):
@@ -123,6 +125,7 @@ class Ports(GenServer):
                     layout=text_of(layout),
                     placement=placement,
                 )
+                self.state.spans |= more.get("spans") is True
                 return self._lease(seat, holder, from_, fresh=more.get("fresh") is True)
             case ("claim", port_id, Pid() as holder):
                 return self._claim(text_of(port_id), holder, from_)
@@ -144,6 +147,7 @@ class Ports(GenServer):
                 self._expire(port_id, version)
             case ("fill_spares",):
                 self._fill_spares()
+                self._warm_spares()
             case ("trim_spares",):
                 self._trim_spares()
             case ("DOWN", Ref() as monitor, _, _, reason):
@@ -271,6 +275,8 @@ class Ports(GenServer):
         if child.waiter is not None:
             waiter, child.waiter = child.waiter, None
             self._hand_over(child, waiter)
+        elif self.state.spans:
+            gen_server.cast(self.me, pid, Atom("warm_network"))
         return Atom("welcome")
 
     # -- OS children -----------------------------------------------------------------------
@@ -303,6 +309,12 @@ class Ports(GenServer):
             except OSError as exc:
                 log.error("cannot start a spare port: %s", exc)
                 return
+
+    def _warm_spares(self) -> None:
+        """Those that were there before the first lease that spans machines."""
+        for child in self._spares() if self.state.spans else []:
+            if child.pid is not None:
+                gen_server.cast(self.me, child.pid, Atom("warm_network"))
 
     def _trim_spares(self) -> None:
         """End spares beyond what the instances of now need, the last started first."""

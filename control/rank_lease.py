@@ -34,6 +34,7 @@ class Want:
         layout: only weights that are cut so are of use; see `instance_spec.layout_of`.
         placement: epochs of earlier placements; of two holders the one with more is newer.
         fresh: no port that has served before, whatever it holds.
+        spans: the instance has ranks on several machines.
     """
 
     instance: str
@@ -42,6 +43,7 @@ class Want:
     layout: str = ""
     placement: int = 0
     fresh: bool = False
+    spans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ async def hold(me: Process, want: Want, holder: Pid, timeout_s: float) -> None:
         Atom("layout"): want.layout,
         Atom("placement"): want.placement,
         Atom("fresh"): want.fresh,
+        Atom("spans"): want.spans,
     }
     request: Term = (Atom("lease"), want.instance, want.rank, options)
     dest = ports_of(me, want.node)

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 A = Atom
 WAIT_S = 60.0
-LONG = 900  # tokens: more than a stream has when something is killed
+LONG = 300  # tokens: more than a stream has when something is killed
 PROMPT = [1, 2, 3, 4, 5]
 
 
