@@ -56,6 +56,16 @@ class Desired:
     def with_default(self, model: str) -> Desired:
         return replace(self, version=self.version + 1, default=model)
 
+    def merged(self, other: Desired) -> Desired:
+        """With what another cluster wanted, which has become part of this one."""
+        merged = self
+        for wanted in other.wanted:
+            if not merged.has(wanted.id) and wanted.id not in merged.gone:
+                merged = merged.add(wanted)
+        if not merged.default and other.default:
+            merged = merged.with_default(other.default)
+        return self if merged == self else replace(merged, version=self.version + 1)
+
     def has(self, instance: str) -> bool:
         """Whether it should run."""
         return any(w.id == instance for w in self.wanted)

@@ -62,6 +62,11 @@ class DesiredState:
         part = self._state.leading
         return part is not None and part.ready
 
+    @property
+    def document(self) -> sync.Document:
+        """What is on this node's disk."""
+        return self._state.disk.document
+
     def read(self) -> None:
         """Take what the file says. Raises BadDesired."""
         disk = read_disk(self._path)

@@ -237,8 +237,12 @@ class Election(GenServer):
                     self._on_disk = self._disk.save(promise, roster)
                 case Changed():
                     self._tell(action)
-        if before is not None and state.sure and state.roster != before.roster:
+        if before is None or state.roster == before.roster:
+            return
+        if state.sure:
             self._tell(Changed(state.leader, state.leading, state.sure))
+        elif state.roster.lineage != before.roster.lineage:  # this node is of another cluster now
+            self._tell_scheduler(Changed(state.leader, state.promise.epoch, state.sure))
 
     def _tell(self, change: Changed) -> None:
         leader = Atom(change.leader or "undefined")

@@ -6,6 +6,7 @@ quorum's disks, and before every machine that is up was asked what it runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -19,11 +20,12 @@ from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import group_orders, place_question
 from control.books import Books, Record
-from control.desired import Desired, Wanted
+from control.desired import Desired, Wanted, desired_of
 from control.desired_state import DesiredState
+from control.desired_sync import Document
 from control.instance_spec import InstanceSpec
 from control.instances import Instances
-from control.load_options import LoadOptions
+from control.load_options import BadOption, LoadOptions
 from control.lookup import Lookup
 from control.moves import STABLE_S
 from control.placement_request import Defaults
@@ -31,6 +33,8 @@ from control.quorum import Roster
 from control.reconcile import Running, reconcile
 from control.regrow import weigh
 from control.routes import Routes
+
+log = logging.getLogger("control.scheduler")
 
 SETTLE_S: Final = 5.0  # after an election, for machines that are still starting
 GROW_DRAIN_S: Final = 30.0
@@ -179,6 +183,22 @@ class Leading:
             for record in self._books:
                 self.instances.unload(record.id, None)
             self._desired.save(Desired(self._desired.now.version + 1))
+
+    def on_wishes(self, document: Document) -> None:
+        """What a cluster wanted that has become part of this one; it mostly runs already."""
+        try:
+            merged = self._desired.now.merged(desired_of(document))
+        except (ValueError, BadOption) as exc:
+            log.error("the desired state of a machine that joined cannot be read: %s", exc)
+            return
+        if merged is self._desired.now:
+            return
+        self._desired.save(merged)
+        wanted_of = {wanted.id: wanted for wanted in merged.wanted}
+        for record in self._books:
+            if record.on_demand and record.id in wanted_of:
+                record.on_demand, record.wanted = False, wanted_of[record.id]
+        self._me.send_after(SETTLE_S, self._me.pid, (Atom("settled"), self._epoch))
 
     # -- messages --------------------------------------------------------------------------
 

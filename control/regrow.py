@@ -73,6 +73,10 @@ def better(
     then = _seconds(found)
     if now is None or then is None or found.chosen is None or now < LEAST_GAIN * then:
         return ""
+    if any((r.node, r.device) not in fleet.speeds for r in found.chosen.candidate.ranks):
+        return ""  # nothing is moved for an assumption
+    if any(node not in {name for name, _ in fleet.speeds} for node in spec.nodes):
+        return ""
     nodes = sorted({rank.node for rank in found.chosen.candidate.ranks})
     return f"{found.chosen.candidate.shape} on {', '.join(nodes)} is {now / then:.1f} times as fast"
 

@@ -17,6 +17,8 @@ cast ``stopping``                                 the node ends: what stops now 
 ``{instance, Id, State, Pid, Epoch, Text, Map}``  a coordinator, to every node
 ``{desired, Node, Message}``                      the same part of another node (``desired_sync``)
 ``{routes, Pid}``                                 another scheduler: tell it who serves here
+``{wishes, Pid, Stamp, Body}``                    one that led another cluster, to the leader
+``{wishes_taken, Stamp}``                         the leader has made them its own
 ================================================  ==========================================
 
 The leader decides (``leading``); the others pass on what is asked of them, and answer ``find``
@@ -27,6 +29,7 @@ one always answers.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +45,7 @@ from bridge.text import text_of
 from control import group_orders, place_question
 from control.books import Books
 from control.desired_state import DesiredState
-from control.desired_sync import Stamp
+from control.desired_sync import Document, Stamp
 from control.errors import ControlError
 from control.finder import Finder
 from control.leading import Leading
@@ -55,6 +58,7 @@ TICK_S: Final = 1.0
 LEADER_S: Final = 15.0  # that a question for the leader waits for one
 FORWARD_S: Final = 1800.0
 ASK_S: Final = 5.0
+MERGE_S: Final = 60.0  # from the end of its leading until a cluster is part of another
 # What the leader answers. A question may be asked twice, should the first leader be lost.
 ORDERS: Final = frozenset({"load", "unload", "set_default", "replace_default"})
 QUESTIONS: Final = frozenset({"place", "instances"})
@@ -95,7 +99,9 @@ class Scheduler(GenServer):
         self._now_s = now_s or (lambda: asyncio.get_running_loop().time())
         self.books = Books()
         self._early: list[_Early] = []
-        self._leader, self._epoch = "", 0
+        self._leader, self._epoch, self._lineage = "", 0, ""
+        self._before = (-math.inf, Document())  # when it last led, and what it wanted
+        self._wishes: Document | None = None  # of the cluster that this node led before
         self._up: set[str] = set()
 
     def format_state(self) -> Term:
@@ -289,6 +295,13 @@ class Scheduler(GenServer):
                 self._node_down(text_of(node))
             case ("desired", sender, term):
                 self._desired.hear(text_of(sender), term, leader=self._leader, epoch=self._epoch)
+            case ("wishes", Pid() as sender, (int(epoch), int(version)), body):
+                if self._leading.complete:
+                    self._leading.on_wishes(Document((epoch, version), body))
+                    self.me.send(sender, (Atom("wishes_taken"), (epoch, version)))
+            case ("wishes_taken", stamp):
+                if self._wishes is not None and self._wishes.stamp == stamp:
+                    self._wishes = None
             case ("relayed", target, answer):
                 self._finder.on_relayed(text_of(target), answer)
             case ("ask_again", _Early() as one):
@@ -308,6 +321,7 @@ class Scheduler(GenServer):
         self._finder.tick()
         self._serve_early()
         self._expire_early()
+        self._tell_wishes()
         self._tick_later()
 
     def _tick_later(self) -> None:
@@ -356,6 +370,13 @@ class Scheduler(GenServer):
 
     def _on_leadership(self, leader: str, epoch: int, sure: bool, roster: Roster) -> None:
         self._leader, self._epoch = "" if leader == "undefined" else leader, epoch
+        if self._leader != self.me.node.name and self._leading.complete:
+            self._before = (self._now_s(), self._desired.document)
+        if self._lineage and roster.lineage != self._lineage:
+            led_s, document = self._before
+            if self._now_s() - led_s < MERGE_S:
+                self._wishes = document
+        self._lineage = roster.lineage
         if self._leader != self.me.node.name:
             self._leading.step_down(f"{self._leader or 'nobody'} leads now; ask again")
             self._desired.follow()
@@ -365,6 +386,17 @@ class Scheduler(GenServer):
         # A leader that is unsure for a while keeps its books: it asks before it places anything.
         self._finder.follow(self._elsewhere, leading=self._leading.complete)
         self._serve_early()
+
+    def _tell_wishes(self) -> None:
+        """Two clusters have become one: what this one's wanted goes on being wanted."""
+        if self._wishes is None:
+            return
+        if self._leading.complete:
+            self._leading.on_wishes(self._wishes)
+            self._wishes = None
+        elif self._elsewhere:
+            told = (Atom("wishes"), self.me.pid, self._wishes.stamp, self._wishes.body)
+            self.me.send((Atom("scheduler"), Atom(self._elsewhere)), told)
 
     def _on_ready(self) -> None:
         version = self._desired.now.version
