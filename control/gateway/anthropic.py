@@ -16,12 +16,17 @@ from control.gateway.anthropic_types import CountTokensRequest, MessagesRequest
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
 
+ABOUT = (
+    "Turns of one role that follow each other are joined by a line break, and an assistant's turn "
+    "at the end is continued. Tools, thinking, images and documents are refused by name."
+)
+
 
 def router(gateway: Gateway) -> APIRouter:
     """The routes, served by ``gateway``."""
     routes = APIRouter(tags=["anthropic"])
 
-    @routes.post("/v1/messages", summary="Answer a conversation")
+    @routes.post("/v1/messages", summary="Answer a conversation", description=ABOUT)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         opened, encoded = await _prepare(gateway, body, request)
         requests = prompts.plan(

@@ -14,9 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 MAX_UNKNOWN = 32
 MAX_METADATA = 16  # OpenAI's own limit
@@ -29,17 +31,28 @@ def refused(param: str, why: str) -> PydanticCustomError:
     return PydanticCustomError("not_supported", "{why}", {"param": param, "why": why})
 
 
-def only(*allowed: Any, why: str = "") -> BeforeValidator:
-    """Refuse, at the field itself, every value but these."""
+class only:
+    """Refuse, at the field itself, every value but these; the API description lists them."""
 
-    def check(value: Any) -> Any:
-        if any(value == one and type(value) is type(one) for one in allowed):
+    def __init__(self, *allowed: Any, why: str = "") -> None:
+        self._allowed, self._why = allowed, why
+
+    def _check(self, value: Any) -> Any:
+        if any(value == one and type(value) is type(one) for one in self._allowed):
             return value
-        shown = " or ".join(repr(one) for one in allowed)
-        context = {"why": f"only {shown} is supported{why}"}
+        shown = " or ".join(repr(one) for one in self._allowed)
+        context = {"why": f"only {shown} is supported{self._why}"}
         raise PydanticCustomError("not_supported", "{why}", context)
 
-    return BeforeValidator(check)
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self._allowed)}
 
 
 def at_most(count: int) -> BeforeValidator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 
@@ -46,7 +48,9 @@ def page(spec: dict[str, Any]) -> str:
         for method, operation in operations.items():
             title = f"{method.upper()} {path}"
             summary = escape(operation.get("summary", ""))
-            parts.append(f"<h2><code>{escape(title)}</code></h2><p>{summary}</p>")
+            parts.append(f"<h2><code>{escape(title)}</code></h2><p>{summary}.</p>")
+            if "description" in operation:
+                parts.append(f"<p>{escape(operation['description'])}</p>")
             body = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if body:
                 parts.append(_table(body["schema"], schemas))
@@ -54,15 +58,34 @@ def page(spec: dict[str, Any]) -> str:
 
 
 def _table(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
-    schema = _resolved(schema, schemas)
-    required = schema.get("required", [])
-    rows = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(_kind(field, schemas))}</td>"
-        f"<td>{'required' if name in required else ''}</td>"
-        f"<td>{escape(field.get('description', ''))}</td></tr>"
-        for name, field in schema.get("properties", {}).items()
-    )
+    rows = "".join(_rows(_resolved(schema, schemas), schemas, ""))
     return f"<table><tr><th>field</th><th>form</th><th></th><th></th></tr>{rows}</table>"
+
+
+def _rows(schema: dict[str, Any], schemas: dict[str, Any], prefix: str) -> Iterator[str]:
+    """One row a field, those of the objects in it below."""
+    required = schema.get("required", [])
+    for name, field in schema.get("properties", {}).items():
+        yield (
+            f"<tr><td><code>{escape(prefix + name)}</code></td>"
+            f"<td>{escape(_kind(field, schemas))}</td>"
+            f"<td>{'required' if name in required else ''}</td>"
+            f"<td>{escape(field.get('description', ''))}</td></tr>"
+        )
+        for inner, mark in _objects(field, schemas):
+            yield from _rows(inner, schemas, f"{prefix}{name}{mark}.")
+
+
+def _objects(
+    field: dict[str, Any], schemas: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects that a field may hold, each with ``[]`` where it is in a list."""
+    for form in field.get("anyOf", [field]):
+        if "$ref" in form:
+            yield _resolved(form, schemas), ""
+        elif form.get("type") == "array":
+            for inner, mark in _objects(form.get("items", {}), schemas):
+                yield inner, f"[]{mark}"
 
 
 def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
@@ -77,20 +100,25 @@ def _kind(field: dict[str, Any], schemas: dict[str, Any]) -> str:
         forms = [_kind(one, schemas) for one in field["anyOf"] if one.get("type") != "null"]
         return " or ".join(forms)
     if "$ref" in field:
-        inner = _resolved(field, schemas)
-        names = ", ".join(inner.get("properties", {}))
-        return f"object {{{names}}}"
+        return "object"
     if "const" in field or "enum" in field:
-        return " | ".join(str(one) for one in field.get("enum", [field.get("const")]))
+        return "only " + " | ".join(_number(one) for one in field.get("enum", [field.get("const")]))
     text = str(field.get("type", "value"))
     if text == "array":
         text = f"list of ({_kind(field.get('items', {}), schemas)})"
     low = field.get("minimum", field.get("minItems"))
     high = field.get("maximum", field.get("maxItems"))
     if low is not None and high is not None:
-        text += f", {low} to {high}"
+        text += f", {_number(low)} to {_number(high)}"
     elif high is not None:
-        text += f", at most {high}"
+        text += f", at most {_number(high)}"
     elif low is not None:
-        text += f", at least {low}"
+        text += f", at least {_number(low)}"
     return text
+
+
+def _number(value: Any) -> str:
+    """A value as JSON has it, a whole number without a fraction."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -25,19 +25,27 @@ from control.gateway.ollama_types import (
     OllamaGeneration,
 )
 
+ABOUT = (
+    "Streams unless stream is false. Options that are not said have Ollama's defaults: temperature "
+    "0.8, top_k 40, top_p 0.9. The tag :latest is taken for no tag. A model stays loaded until it "
+    "is unloaded, whatever keep_alive says; 0 without a prompt unloads it. num_ctx bounds prompt "
+    "and answer, and is at most the context that the model was loaded with. Tools, formats, "
+    "thinking and images are refused by name."
+)
+
 
 def router(gateway: Gateway) -> APIRouter:
     """The routes, served by ``gateway``."""
     routes = APIRouter(tags=["ollama"])
 
-    @routes.post("/api/chat", summary="Answer a conversation")
+    @routes.post("/api/chat", summary="Answer a conversation", description=ABOUT)
     async def chat(body: OllamaChatRequest, request: Request) -> Response:
         async def encode(opened: OpenModel) -> serve.Prompts:
             return [await prompts.chat_prompt(opened, body.turns, go_on=True)]
 
         return await _serve(gateway, request, body, encode, param="messages")
 
-    @routes.post("/api/generate", summary="Answer a prompt")
+    @routes.post("/api/generate", summary="Answer a prompt", description=ABOUT)
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         async def encode(opened: OpenModel) -> serve.Prompts:
             if body.raw:

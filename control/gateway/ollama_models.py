@@ -24,6 +24,10 @@ UNKNOWN_TIME = "0001-01-01T00:00:00Z"  # Go's zero time, which Ollama's clients 
 NEVER = "9999-12-31T23:59:59Z"
 HERE = ("local", "loading", "ready", "failed")
 
+ABOUT = (
+    "A digest is of the model's name, not of its files. What the catalogue does not know is empty."
+)
+
 
 def router(gateway: Gateway) -> APIRouter:
     """The routes, served by ``gateway``."""
@@ -34,7 +38,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def get_version() -> Json:
         return Json({"version": _version()})
 
-    @routes.get("/api/tags", summary="Models whose files are here")
+    @routes.get("/api/tags", summary="Models whose files are here", description=ABOUT)
     async def tags() -> Json:
         return Json({"models": [_entry(one) for one in await backend.models() if _is_here(one)]})
 

@@ -11,6 +11,7 @@ from control.backend import OpenModel
 from control.gateway import choices, sse
 from control.gateway.gateway import Gateway
 from control.gateway.generation_text import Delta, chat_logprobs
+from control.gateway.json_response import Json
 from control.gateway.response_store import Kept
 from control.gateway.responses_types import ResponsesRequest
 from control.gateway.stream import answer_to
@@ -119,7 +120,7 @@ class ResponseShape:
         )
         if self._body.store:
             turns = (*self._turns, Turn("assistant", delta.text))
-            self._gateway.responses.put(self._id, Kept(shown, turns))
+            self._gateway.responses.put(self._id, Kept(bytes(Json(shown).body), turns))
         return shown
 
     def _shown(self, status: str, **fields: Any) -> dict[str, Any]:

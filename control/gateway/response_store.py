@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from control.gateway.turn import Turn
 
@@ -15,15 +13,15 @@ MAX_KEPT_CHARS = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A response as it was given out, and the conversation up to and with it."""
+    """A response as JSON, and the conversation up to and with it."""
 
-    shown: Mapping[str, Any]
+    shown: bytes
     turns: tuple[Turn, ...]
 
     @property
     def num_chars(self) -> int:
-        """Text held, once more for each response that shares it."""
-        return sum(len(turn.text) for turn in self.turns)
+        """Text held; what several responses share counts for each of them."""
+        return len(self.shown) + sum(len(turn.text) for turn in self.turns)
 
 
 class ResponseStore:

@@ -15,12 +15,20 @@ from control.gateway.response_store import Kept
 from control.gateway.responses_types import ResponsesRequest
 from control.gateway.turn import Turn
 
+ABOUT = (
+    "A response is kept for previous_response_id unless store is false: the latest 1000, with at "
+    "most 64 MiB of text in all, in the memory of this node alone and until it restarts. "
+    "Instructions are not carried over. Tools, reasoning, files, conversations and background "
+    "work are refused by name. The events of a stream are numbered and end with "
+    "response.completed, response.incomplete or response.failed."
+)
+
 
 def router(gateway: Gateway) -> APIRouter:
     """The routes, served by ``gateway``."""
     routes = APIRouter(tags=["openai"])
 
-    @routes.post("/v1/responses", summary="Answer, and keep the conversation")
+    @routes.post("/v1/responses", summary="Answer, and keep the conversation", description=ABOUT)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         turns = [*_earlier(gateway, body), *body.turns]
         told = [] if body.instructions is None else [Turn("system", body.instructions)]
@@ -46,11 +54,11 @@ def router(gateway: Gateway) -> APIRouter:
         return await serve.answer(gateway, request, asked, shape, stream=stream)
 
     @routes.get("/v1/responses/{id}", summary="A response that is still kept")
-    async def get_response(id: str) -> Json:
+    async def get_response(id: str) -> Response:
         kept = gateway.responses.get(id)
         if kept is None:
             raise _gone(id, status=404, param="id")
-        return Json(dict(kept.shown))
+        return Response(kept.shown, media_type="application/json")
 
     @routes.delete("/v1/responses/{id}", summary="Forget a response")
     async def delete_response(id: str) -> Json:

@@ -239,15 +239,15 @@ def test_what_is_not_honoured_is_refused_by_name(
 
 def test_the_store_forgets_what_was_unused_for_longest() -> None:
     store = ResponseStore(max_kept=2, max_chars=100)
-    small = Kept({}, (Turn("user", "x" * 20),))
+    small = Kept(b"{}", (Turn("user", "x" * 20),))
     store.put("a", small)
     store.put("b", small)
     assert store.get("a") is small
     store.put("c", small)
     assert [store.get(id) is small for id in "abc"] == [True, False, True]
-    store.put("d", Kept({}, (Turn("user", "x" * 90),)))
+    store.put("d", Kept(b"{}", (Turn("user", "x" * 90),)))
     assert [store.get(id) is None for id in "acd"] == [True, True, False]
-    store.put("e", Kept({}, (Turn("user", "x" * 101),)))
+    store.put("e", Kept(b"{}", (Turn("user", "x" * 99),)))
     assert len(store) == 0
     store.put("f", small)
     assert store.remove("f")

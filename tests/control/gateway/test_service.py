@@ -11,9 +11,13 @@ import openai
 import pytest
 
 from control.backend import LoadOptions, Readiness
+from control.gateway.anthropic_types import MessagesRequest
+from control.gateway.ask import INERT, Ask
 from control.gateway.cluster import PlaceRequest
 from control.gateway.health import from_status
-from control.gateway.openai_types import ChatRequest, CompletionRequest
+from control.gateway.ollama_types import OllamaChatRequest, OllamaGenerateRequest, Options
+from control.gateway.openai_types import ChatRequest, CompletionRequest, Inert
+from control.gateway.responses_types import ResponsesRequest
 from tests.control.gateway.fake_backend import MODEL, STATUS, FakeBackend, FakeControl
 from tests.control.gateway.live import Live, serve
 
@@ -211,9 +215,17 @@ def test_docs_list_every_field_and_load_nothing_from_elsewhere(live: Live) -> No
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "<script" not in answer.text
     assert not re.findall(r"https?://", answer.text)
-    for body in (ChatRequest, CompletionRequest, PlaceRequest):
+    bodies: list[type[Ask]] = [ChatRequest, CompletionRequest, ResponsesRequest, PlaceRequest]
+    bodies += [MessagesRequest, OllamaChatRequest, OllamaGenerateRequest]
+    for body in bodies:
         for name in body.model_fields:
             assert f"<code>{name}</code>" in answer.text
+    for name in Options.model_fields:
+        assert f"<code>options.{name}</code>" in answer.text
+    assert "<code>messages[].content[].text</code>" in answer.text
+    for name in (*Inert.model_fields, "options.num_gpu", "cache_control"):
+        row = answer.text.partition(f"<code>{name}</code>")[2].partition("</tr>")[0]
+        assert INERT in row, name
     spec = live.http.get("/openapi.json").json()
     for path in spec["paths"]:
         assert path in answer.text
