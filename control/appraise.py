@@ -141,7 +141,7 @@ class Appraiser:
 
     def fixed_bytes(self, seat: Seat, tensor: int) -> int:
         """About what one of so many tensor ranks takes beside weights and cache."""
-        key = seat.kernels, seat.kind, seat.threads, tensor
+        key = seat.kernels, seat.memory_kind, seat.threads, tensor
         if key not in self._bytes:
             shard = self.cuts.shards((1.0,) * tensor)[0]
             self._bytes[key] = self.cuts.fixed_bytes(seat, shard)
@@ -149,7 +149,7 @@ class Appraiser:
 
     def whole_bytes(self, seat: Seat) -> float:
         """Weights and cache of the whole model as this device keeps them."""
-        key = seat.kernels, seat.kind, 0, 0
+        key = seat.kernels, seat.memory_kind, 0, 0
         if key not in self._bytes:
             table = self.cuts.table(seat, self.cuts.shards((1.0,))[0])
             self._bytes[key] = float(table.total_bytes[0, -1]) - self.fixed_bytes(seat, 1)

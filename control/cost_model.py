@@ -78,6 +78,8 @@ class Seat:
         pool: the memory it takes of, as in ``control.placement.RankPlace``.
         free_bytes: of that memory.
         measured: ``speed`` is no assumption.
+        figures: of which device its memory figures are, as ``models.footprint`` names it; empty
+            where that is ``device``.
     """
 
     node: str
@@ -90,6 +92,12 @@ class Seat:
     free_bytes: int
     speed: Speed
     measured: bool = True
+    figures: str = ""
+
+    @property
+    def memory_kind(self) -> str:
+        """Devices with equal ones take equal memory for a rank."""
+        return self.figures or self.kind
 
     def __str__(self) -> str:
         return f"{self.node} {self.device}"

@@ -93,7 +93,7 @@ class Cuts:
 
     def needs(self, seat: Seat, shard: RankShard, *, short: bool = False) -> Footprint:
         """Exactly what a rank takes on a device; ``short``: of the model in short."""
-        key = (seat.kernels, seat.kind, seat.threads, shard.pipeline, *_sizes(shard), short)
+        key = (seat.kernels, seat.memory_kind, seat.threads, shard.pipeline, *_sizes(shard), short)
         if key not in self._needs:
             self._needs[key] = self._footprint(seat, shard, short)
         return self._needs[key]
@@ -105,7 +105,7 @@ class Cuts:
             stored,
             shard,
             kernels=seat.kernels,
-            device=seat.device,
+            device=seat.figures or seat.device,
             context_tokens=self.context_tokens,
             num_slots=self.num_slots,
             threads=seat.threads,
@@ -113,7 +113,7 @@ class Cuts:
 
     def table(self, seat: Seat, shard: RankShard) -> RankTable:
         """What a rank with this cut takes on a device, by its run of layers."""
-        key = (seat.kernels, seat.kind, seat.threads, *_sizes(shard))
+        key = (seat.kernels, seat.memory_kind, seat.threads, *_sizes(shard))
         if key not in self._tables:
             self._tables[key] = self._table(seat, shard)
         return self._tables[key]

@@ -77,6 +77,7 @@ def seats_of(
                     free_bytes=free_bytes,
                     speed=speed or UNMEASURED[kind],
                     measured=speed is not None,
+                    figures="mlx-cpu" if kind == "mlx" and not host.has_metal else "",
                 )
             )
     return found, fenced

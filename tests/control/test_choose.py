@@ -126,3 +126,12 @@ def test_a_device_that_others_fill_is_no_place() -> None:
     assert "cuda:0 has 0.00 GB" in str(found.refusal)
     alone = fleet_with(64, cuda_bytes=(16 * GB,)).with_used(used)
     assert choose(ask(), alone, SPEC, None, "Q8_0").chosen is None
+
+
+def test_mlx_without_a_gpu_takes_what_it_takes_on_one_machine() -> None:
+    request = ask(engine="mlx")
+    several = choose(request, fleet_with(64, 64, has_mlx=True), SPEC, None, "Q8_0").chosen
+    alone = choose(request, fleet_with(64, has_mlx=True), SPEC, None, "Q8_0").chosen
+    assert several is not None
+    assert alone is not None
+    assert several.ranks[0].needs == alone.ranks[0].needs
