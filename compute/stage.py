@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from compute.collectives import Group, Tensor
 from compute.errors import numbered_as
+from models.needed import check_here
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -221,10 +222,12 @@ def load_stage(
 
     Raises:
         models.errors.CorruptModel: a tensor cannot be read.
+        models.errors.PartsMissing: the model is here in parts, and not all of the slice.
         models.errors.UnsupportedModel: nothing here runs such an architecture on that device.
         compute.errors.OutOfMemory: no room.
         ValueError: an unknown device.
     """
+    check_here(checkpoint, shard)
     kind, _, index = device.partition(":")
     if kind == "cpu" and index in ("", "0"):
         from compute.cpu.weights import is_supported

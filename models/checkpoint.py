@@ -13,6 +13,7 @@ from models.gguf import open_gguf
 from models.gguf_file import GgufFile
 from models.gguf_names import NOT_WEIGHTS, canonical, canonical_stack
 from models.layout import expected_tensors
+from models.part_note import read_note
 from models.quant import KINDS, Bytes
 from models.quantization_hf import quantization_of
 from models.row_order import heads_order, latent_order
@@ -139,6 +140,9 @@ class _Weights:
     @cached_property
     def fingerprint(self) -> str:
         """Hex id (32 digits) of headers, sizes and a sample of every tensor."""
+        note = read_note(self.path if self.path.is_dir() else self.path.parent)
+        if note is not None:  # the samples need not be here
+            return note.fingerprint
         digest = hashlib.sha256()
         for header in self._headers():
             digest.update(len(header).to_bytes(8, "little") + header)

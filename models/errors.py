@@ -107,3 +107,19 @@ class BadCard(ModelError):
     """A model card has an unknown field, a wrong type or an impossible value."""
 
     kind = "bad_card"
+
+
+class PartsMissing(ModelError):
+    """Of a model that is on this machine in parts, a part that would be read is not here."""
+
+    kind = "parts_missing"
+
+    def __init__(self, path: Path | str, file: str, start: int, stop: int) -> None:
+        super().__init__(str(path), file, start, stop)
+        self.path, self.file, self.start, self.stop = str(path), file, start, stop
+
+    def __str__(self) -> str:
+        return (
+            f"model {self.path} is here in parts, and bytes {self.start} to {self.stop} of "
+            f"{self.file} are not among them. Fetch the model again."
+        )

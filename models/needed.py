@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from models.checkpoint import Checkpoint
-from models.part_note import OWN_NOTES
+from models.errors import PartsMissing
+from models.part_note import OWN_NOTES, read_note
 from models.plans import slices_of
 from models.sharding import RankShard
 from models.weights import Weight
@@ -91,6 +92,21 @@ def needed_ranges(checkpoint: Checkpoint, shard: RankShard) -> FileRanges:
     for file, ranges in places.of(views).items():
         found[file] = merged((*found.get(file, ()), *ranges))
     return found
+
+
+def check_here(checkpoint: Checkpoint, shard: RankShard) -> None:
+    """See that all of a shard is on this disk; nothing is done for a model that is whole.
+
+    Raises:
+        PartsMissing: something that loading would read is a hole, and would read as zeros.
+    """
+    note = read_note(model_folder(checkpoint))
+    if note is None:
+        return
+    for name, ranges in needed_ranges(checkpoint, shard).items():
+        for start, stop in ranges:
+            if note.lacks(name, start, stop):
+                raise PartsMissing(checkpoint.path, name, start, stop)
 
 
 def _read(weight: Weight, rows: slice) -> list[npt.NDArray[Any]]:

@@ -7,11 +7,18 @@ size and time of change, which their owner notes.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
+from io import RawIOBase
 from pathlib import Path
 
-from control.peer_files.chunks import DIGEST_BYTES, NO_DIGEST, digest_of, num_chunks, span
+from control.peer_files.chunks import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    NO_DIGEST,
+    digest_of,
+    num_chunks,
+    span,
+)
 
 
 class Digests:
@@ -60,11 +67,13 @@ class Digests:
             raise ValueError(f"{path.name} has no chunks {first} to {first + count}")
         found = [self.get(chunk) for chunk in range(first, first + count)]
         if None in found:
+            buffer = memoryview(bytearray(CHUNK_BYTES))
             with path.open("rb", buffering=0) as file:
                 for at, digest in enumerate(found):
                     if digest is None:
                         start, stop = span(first + at, 1, self._size_bytes)
-                        found[at] = digest_of(_read(file.fileno(), start, stop - start))
+                        file.seek(start)
+                        found[at] = digest_of(_fill(file, buffer[: stop - start]))
             whole = b"".join(digest for digest in found if digest is not None)
             with contextlib.suppress(OSError):  # a full disk: it is worked out again next time
                 self.put(first, whole)
@@ -72,12 +81,11 @@ class Digests:
         return b"".join(digest for digest in found if digest is not None)
 
 
-def _read(descriptor: int, start: int, size: int) -> bytes:
-    os.lseek(descriptor, start, os.SEEK_SET)
-    data = bytearray()
-    while len(data) < size:
-        part = os.read(descriptor, size - len(data))
-        if not part:
-            raise OSError(f"the file ends at byte {start + len(data)}")
-        data += part
-    return bytes(data)
+def _fill(file: RawIOBase, part: memoryview) -> memoryview:
+    got = 0
+    while got < len(part):
+        size = file.readinto(part[got:])
+        if not size:
+            raise OSError(f"the file ends {len(part) - got} bytes too early")
+        got += size
+    return part
