@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("compute.port")
 
 LEAVE_S = 1.0
-DIAL_S = 5.0
+DIAL_S = 3.0
 REDIAL_S = 0.2
 CHUNK_TOKENS = 256  # of a step that prefills
 PIPELINE_CHUNK_TOKENS = 64  # shorter, so that all stages soon have one

@@ -18,7 +18,7 @@ sends ``{port_exit, PortId, Text}``                   to the leaseholder
 A holder (whoever asks, or the pid given) may be on another machine. Its port is made to dial that
 machine before the lease is answered: it does not listen itself. A child ends with its holder,
 except where the holder is out of reach (``noconnection``): it may live, or a restarted control
-process may want the weights. Such an orphan is kept for ORPHAN_S, and a lease of the same rank
+process may want the weights. Such an orphan is kept for ``orphan_s``, and a lease of the same rank
 and layout gets it, unless it asks for a ``fresh`` one. Once a lease ``spans`` machines, spares
 import what ranks need to meet over a network, which takes seconds, and memory.
 
@@ -49,7 +49,7 @@ log = logging.getLogger("control.ports")
 
 HELLO_S = 60.0  # from start of the OS process to its hello; importing may be slow on a cold disk
 ADOPT_S = 3.0  # how long a lease waits for the child of a former life
-ORPHAN_S = 10.0  # after which children whose holder is out of reach are killed
+ORPHAN_S = 10.0
 KILL_S = 5.0
 MAX_ATTEMPTS = 3  # ports that a lease may wait for, one after the other
 TRIM_S = 30.0
@@ -82,6 +82,7 @@ class Ports(GenServer):
             rank is lost, all of them start anew.
         name_prefix: makes port ids unique on the machine across lives.
         trim_s: from the end of a rank until spares that nobody needs any more are ended.
+        orphan_s: for which a child is kept whose holder is out of reach.
     """
 
     def __init__(
@@ -92,13 +93,14 @@ class Ports(GenServer):
         num_spares: int,
         name_prefix: str,
         trim_s: float = TRIM_S,
+        orphan_s: float = ORPHAN_S,
     ) -> None:
         super().__init__()
         self._start_port = start_port
         self._record_path = record_path
         self._num_spares = num_spares
         self._prefix = name_prefix
-        self._trim_s = trim_s
+        self._trim_s, self._orphan_s = trim_s, orphan_s
         self.state = PortsState()
 
     def format_state(self) -> Term:
@@ -245,7 +247,7 @@ class Ports(GenServer):
             return
         log.warning("port %s: its holder on another machine is out of reach", child.port_id)
         self._let_go(child)
-        self._expire_later(child, ORPHAN_S)
+        self._expire_later(child, self._orphan_s)
 
     def _let_go(self, child: Child) -> None:
         if child.monitor is not None:
@@ -395,7 +397,7 @@ class Ports(GenServer):
                 continue
             self.state.children[child.port_id] = child
             self._watch(child)
-            self._expire_later(child, ORPHAN_S)
+            self._expire_later(child, self._orphan_s)
 
     def _write_records(self) -> None:
         write_records(self._record_path, self.state.children.values())

@@ -20,7 +20,7 @@ from bridge.text import text_of
 
 RETRY_S = 0.2
 CLAIM_S = 10.0
-DIAL_S = 7.0  # for a port to reach a machine
+DIAL_S = 5.0  # longer than a port tries to reach a machine
 # Refusals that time may mend.
 _AGAIN = frozenset({"held", "unreachable"})
 

@@ -58,6 +58,7 @@ class Lab:
             assert await self.node.connect(control.name, timeout_s=10)
 
     def spec(self, model: Path, shape: MeshShape, nodes: list[str], **more: Any) -> InstanceSpec:
+        """The machines have addresses of their own, so their ranks share no memory."""
         ranks = tuple(
             RankSpec(
                 node=node,
@@ -70,6 +71,7 @@ class Lab:
             )
             for node in nodes
         )
+        addresses = ((self.head.name, "127.0.0.1"), (self.far.name, "127.0.0.2"))
         return InstanceSpec(
             id="m-1",
             model="m",
@@ -77,8 +79,7 @@ class Lab:
             num_slots=2,
             shape=shape,
             ranks=ranks,
-            addresses=((self.head.name, "127.0.0.1"), (self.far.name, "127.0.0.2")),
-            **more,
+            **({"addresses": addresses} | more),
         )
 
     async def start(self, spec: InstanceSpec) -> None:
@@ -255,7 +256,9 @@ def test_ranks_of_two_machines_give_the_tokens_of_one_and_survive_kills(
 
 def test_ports_outlive_the_control_process_of_either_machine(tmp_path: Path, model: Path) -> None:
     async def body(lab: Lab) -> None:
-        spec = lab.spec(model, MeshShape.even(2, 1), [lab.head.name, lab.far.name])
+        nodes = [lab.head.name, lab.far.name]
+        where: Any = {"addresses": [(node, "127.0.0.1") for node in nodes]}
+        spec = lab.spec(model, MeshShape.even(2, 1), nodes, **where)
         await lab.start(spec)
         server = (await lab.ready(1)).coordinator
         alone = await lab.tokens(server, [], LONG)
@@ -277,7 +280,7 @@ def test_ports_outlive_the_control_process_of_either_machine(tmp_path: Path, mod
         await lab.me.receive(lambda m: m if m[:2] == ("DOWN", monitor) else None, timeout_s=5)
         await asyncio.to_thread(lab.head.start)
         await lab.connect()
-        await lab.start(lab.spec(model, spec.shape, list(spec.nodes), first_epoch=1))
+        await lab.start(lab.spec(model, spec.shape, nodes, first_epoch=1, **where))
         server = (await lab.ready(2)).coordinator
         assert [await lab.port("m-1", rank, lab.head.name) for rank in (0, 1)] == before
         more = len(so_far) + 30

@@ -31,10 +31,15 @@ PORTS, PORT = Atom("ports"), Atom("port")
 
 @asynccontextmanager
 async def broker(
-    folder: Path, *, num_spares: int = 0, trim_s: float = 30.0
+    folder: Path,
+    *,
+    num_spares: int = 0,
+    trim_s: float = 30.0,
+    orphan_s: float = 10.0,
+    epmd_port: int | None = None,
 ) -> AsyncIterator[tuple[Node, Process]]:
     """A node with the registered process ``ports``; everything ends with the block."""
-    epmd_port = free_tcp_port()
+    epmd_port = epmd_port or free_tcp_port()
     node = Node("control@127.0.0.1", "SECRETCOOKIE")
     await node.start(listen=("127.0.0.1", 0), epmd=Epmd(tcp_port=epmd_port))
     starter = PortStarter(
@@ -50,6 +55,7 @@ async def broker(
         num_spares=num_spares,
         name_prefix="p",
         trim_s=trim_s,
+        orphan_s=orphan_s,
     )
     try:
         with node.open_process(label="root") as root, node.open_process(label="test") as me:
