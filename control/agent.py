@@ -3,8 +3,9 @@
 ==============================================  ==============================================
 call ``{start, Leader, Epoch, Spec}``           ``{ok, GroupPid}`` | ``{error, Kind, Text}``
 call ``{stop, Leader, Epoch, Id, DrainS}``      ``ok`` once nothing of it is left
-call ``running``                                list of maps: ``spec, group, epoch, fruitless,
-                                                last_error``
+call ``running``                                list of maps: ``spec, group, epoch``; ``group`` is
+                                                ``undefined`` where a former life of the control
+                                                process had one whose ports still hold weights
 call ``{why, Id}``                              ``{ok, #{alone, exhausted, epoch, last_error}}``:
                                                 how a group came to its end
 ==============================================  ==============================================
@@ -17,11 +18,14 @@ leader. Each order runs in a process of its own, so that this one always answers
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
-from bridge import gen_server
+from bridge import etf, gen_server
+from bridge.errors import DecodeError
 from bridge.gen_server import NOREPLY, GenServer
 from bridge.process import Process
 from bridge.process_errors import ReceiveTimeout
@@ -33,6 +37,8 @@ from control.instance_spec import InstanceSpec, spec_of, spec_term
 from control.names import wait_for_names
 from control.rank import RankLimits
 
+log = logging.getLogger("control.agent")
+
 START_S: Final = 120.0
 END_S: Final = 5.0  # of an orderly end; then it is killed
 ASK_S: Final = 5.0
@@ -42,11 +48,16 @@ Job = Callable[[Process], Awaitable[Term]]
 
 
 class Agent(GenServer):
-    """The leader's hands on this machine."""
+    """The leader's hands on this machine.
 
-    def __init__(self, limits: RankLimits) -> None:
+    Args:
+        record_path: JSON file of the groups here; it outlives this process.
+    """
+
+    def __init__(self, limits: RankLimits, *, record_path: Path) -> None:
         super().__init__()
         self._limits = limits
+        self._record = GroupRecord(record_path)
         self._histories: dict[str, History] = {}
 
     def format_state(self) -> Term:
@@ -54,6 +65,7 @@ class Agent(GenServer):
 
     async def init(self, me: Process) -> None:
         me.trap_exit = True  # a job that crashes is no reason to end
+        self._record.read()
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
         match request:
@@ -113,6 +125,7 @@ class Agent(GenServer):
                 return (_OK, one["group"])
             await self._stop(spec.id, 0.0, me)
         history = self._histories[spec.id] = History(epoch=spec.first_epoch)
+        self._record.add(spec)
         child = instance_child(spec, history, self._limits)
         start: Term = (Atom("start_child"), child)
         match await gen_server.call(me, Atom("instance_sup"), start, timeout_s=START_S):
@@ -124,6 +137,7 @@ class Agent(GenServer):
 
     async def _stop(self, id_: str, drain_s: float, me: Process) -> Term:
         """Let active requests finish for ``drain_s``, then end the group."""
+        self._record.remove(id_)
         coordinator = me.node.whereis(id_)
         if coordinator is not None and drain_s > 0:
             # An error: it is gone, or its clients take longer than they are given.
@@ -151,22 +165,28 @@ class Agent(GenServer):
     async def _running(self, me: Process) -> Term:
         await wait_for_names(me, _TREE)
         found: list[Term] = []
-        for one in await self._groups(me):
+        groups = await self._groups(me)
+        for one in groups:
             spec, history = one["spec"], one["history"]
             if spec is None:  # in trouble: ended here, begun anew from the desired state
                 await self._stop(one["id"], 0.0, me)
                 continue
             self._histories[spec.id] = history
-            found.append(
-                {
-                    Atom("spec"): spec_term(spec),
-                    Atom("group"): one["group"],
-                    Atom("epoch"): history.epoch,
-                    Atom("fruitless"): history.epochs_without_progress,
-                    Atom("last_error"): history.last_error,
-                }
-            )
+            self._record.add(spec)
+            found.append(_row(spec, one["group"], history.epoch))
+        running = {one["id"] for one in groups}
+        for spec in await self._former(me):
+            if spec.id not in running:
+                found.append(_row(spec, Atom("undefined"), spec.first_epoch))
         return (_OK, found)
+
+    async def _former(self, me: Process) -> list[InstanceSpec]:
+        """Groups of a former life of this process whose ports are still here."""
+        if not self._record.former:
+            return []
+        ports = await gen_server.call(me, Atom("ports"), Atom("ports"), timeout_s=ASK_S)
+        held = {text_of(port["instance"]) for port in ports if port["adopted"]}
+        return [spec for id_, spec in self._record.former.items() if id_ in held]
 
     async def _groups(self, me: Process) -> list[dict[str, Any]]:
         """Each group; without a spec where its coordinator cannot say what it is."""
@@ -205,3 +225,52 @@ class Agent(GenServer):
                 Atom("last_error"): history.last_error,
             },
         )
+
+
+def _row(spec: InstanceSpec, group: Term, epoch: int) -> Term:
+    return {Atom("spec"): spec_term(spec), Atom("group"): group, Atom("epoch"): epoch}
+
+
+class GroupRecord:
+    """Which groups are here, on disk: what is lost of it costs a reload, not more.
+
+    Attributes:
+        former: those of a former life that were not started again yet, by id.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._now: dict[str, InstanceSpec] = {}
+        self.former: dict[str, InstanceSpec] = {}
+
+    def read(self) -> None:
+        """Take what a former life left."""
+        try:
+            terms = etf.decode(self._path.read_bytes())
+            specs = [spec_of(term) for term in terms] if isinstance(terms, list) else []
+            self.former = {spec.id: spec for spec in specs}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, DecodeError) as exc:
+            log.warning("cannot read %s: %s; what ran here is placed anew", self._path, exc)
+
+    def add(self, spec: InstanceSpec) -> None:
+        """A group starts, or runs."""
+        self.former.pop(spec.id, None)
+        if self._now.get(spec.id) != spec:
+            self._now[spec.id] = spec
+            self._write()
+
+    def remove(self, id_: str) -> None:
+        """It ends by order."""
+        self.former.pop(id_, None)
+        if self._now.pop(id_, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".new")
+        try:
+            temporary.write_bytes(etf.encode([spec_term(spec) for spec in self._now.values()]))
+            temporary.replace(self._path)
+        except OSError as exc:
+            log.error("cannot write %s: %s", self._path, exc)

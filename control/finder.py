@@ -103,6 +103,8 @@ class Finder:
                 return None
             case Failed(text):
                 return (Atom("error"), Atom("failed"), text)
+            case Absent() if any(target in (w.id, w.model) for w in self._desired.now.wanted):
+                return None  # it is about to be brought up
             case Absent():
                 if self._load is not None:
                     return self._demand(target, self._load)

@@ -331,6 +331,16 @@ class Instances:
                 pass
         self._on_change()
 
+    def start_when_whole(self, record: Record) -> bool:
+        """Start it where it was, if all its machines are here; else they may be about to come."""
+        assert record.spec is not None
+        if record.worker is not None or record.group is not None:
+            return False
+        if any(node not in self._up() for node in record.spec.nodes):
+            return False
+        self.start_again(record)
+        return True
+
     def start_again(self, record: Record) -> None:
         """The same ranks at the same place, where their weights may still be."""
         spec = record.spec
@@ -353,6 +363,9 @@ class Instances:
             self._books.add(record)
             record.group = self._me.monitor(group)
             self._me.send((Atom(record.id), Atom(str(group.node))), Atom("announce"))
+        for record in verdict.idle:
+            self._books.add(record)
+            self.start_when_whole(record)
         for one in verdict.surplus:
             log.warning("%s on %s is surplus; it ends", one.spec.id, one.node)
             self._me.spawn(partial(self._end_surplus, one), link=True, label=f"end {one.spec.id}")
@@ -364,18 +377,12 @@ class Instances:
             me.send(record.coordinator, Atom("announce"))  # some have heard of the other only
 
     def on_joined(self, node: str, running: Collection[Running]) -> None:
-        """A machine is back whose group is not: it starts there again, weights and all."""
-        ids = {one.spec.id for one in running}
+        """A machine is back whose groups are not: they start there again, weights and all."""
+        ids = {one.spec.id for one in running if one.group is not None}
         for record in self._books:
-            if (
-                record.spec is not None
-                and record.spec.head_node == node
-                and record.id not in ids
-                and record.state in RUNNING
-                and record.worker is None
-                and all(n in self._up() for n in record.spec.nodes)
-            ):
-                self.start_again(record)
+            here = record.spec is not None and node in record.spec.nodes
+            if here and record.id not in ids and record.state == "recovering":
+                self.start_when_whole(record)
 
     def on_lost(self, node: str) -> None:
         """A machine is gone: its instances are placed on what is left."""

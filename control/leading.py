@@ -315,6 +315,10 @@ class Leading:
             return
         known = {record.id: record for record in self._books}
         missing = reconcile((), self._desired.now, known).missing
+        for record in self._books:  # their machines have not come
+            idle = record.worker is None and record.group is None and record.spec is not None
+            if idle and record.state == "recovering" and record.coordinator is None:
+                missing.append(record)
         for record in sorted(missing, key=lambda r: -r.wanted.options.priority):
             self.instances.begin_wanted(record)
 

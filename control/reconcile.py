@@ -18,11 +18,12 @@ class Running:
 
     Attributes:
         node: of the agent; epoch: that the group is in.
+        group: None where only ports are left, with their weights.
     """
 
     node: str
     spec: InstanceSpec
-    group: Pid
+    group: Pid | None
     epoch: int
 
 
@@ -32,11 +33,13 @@ class Verdict:
 
     Attributes:
         kept: records of what goes on, each with its group.
+        idle: records of what may start again where it was: its ports hold the weights.
         missing: records of what is to be brought up.
         surplus: groups that have to end: an instance that runs twice, or was unloaded.
     """
 
     kept: list[tuple[Record, Pid]] = field(default_factory=list)
+    idle: list[Record] = field(default_factory=list)
     missing: list[Record] = field(default_factory=list)
     surplus: list[Running] = field(default_factory=list)
 
@@ -51,8 +54,8 @@ def running_of(node: str, term: Any) -> list[Running]:
 
 def _running(node: str, row: Any) -> Running:
     match row:
-        case {"spec": spec, "group": Pid() as group, "epoch": int(epoch)}:
-            return Running(node, spec_of(spec), group, epoch)
+        case {"spec": spec, "group": group, "epoch": int(epoch)}:
+            return Running(node, spec_of(spec), group if isinstance(group, Pid) else None, epoch)
     raise ValueError(f"{node}: not a group: {row!r}"[:300])
 
 
@@ -70,9 +73,13 @@ def reconcile(
     """
     found, wanted_of = Verdict(), {wanted.id: wanted for wanted in desired.wanted}
     best: dict[str, Running] = {}
-    for one in sorted(running, key=lambda r: (-r.epoch, r.node)):
+    for one in sorted(running, key=lambda r: (r.group is None, -r.epoch, r.node)):
         id_ = one.spec.id
         record = known.get(id_)
+        if one.group is None:
+            if id_ not in best and record is None and id_ in wanted_of:
+                best[id_] = one
+            continue
         elsewhere = (
             record is not None
             and record.state != "failed"  # for want of what has just come back
@@ -92,7 +99,10 @@ def reconcile(
         record.state, record.ever_ready = "recovering", True
         record.epoch, record.spec = max(record.epoch, one.epoch), one.spec
         record.taken = taken_by(one.spec)
-        found.kept.append((record, one.group))
+        if one.group is None:
+            found.idle.append(record)
+        else:
+            found.kept.append((record, one.group))
     found.missing = [
         Record(wanted.id, wanted.model, wanted, ever_ready=True)
         for wanted in desired.wanted

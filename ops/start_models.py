@@ -11,7 +11,7 @@ from bridge.node import Node
 from bridge.process import Process
 from bridge.term import Atom, Term
 from bridge.text import text_of
-from control.bring_up import wait_for_names
+from control.names import wait_for_names
 from ops.start_settings import StartSettings
 
 ASK_S = 30.0

@@ -105,7 +105,7 @@ def root_sup(p: Parts) -> SupSpec:
         children=(
             _server("events", Events),
             _supervisor("cluster_sup", cluster_sup(p)),
-            _server("model_store", partial(ModelStoreServer, p.store)),
+            _server("model_store", partial(_model_store, p)),
             _server("ports", partial(_ports, p), shutdown_s=15.0),
             _supervisor("instance_sup", SupSpec(strategy=Strategy.ONE_FOR_ONE)),
             _supervisor("surface_sup", surface_sup(p)),
@@ -141,7 +141,10 @@ def cluster_sup(p: Parts) -> SupSpec:
                     tie_breaker=p.tie_breaker,
                 ),
             ),
-            _server("agent", partial(Agent, p.rank_limits)),
+            _server(
+                "agent",
+                partial(Agent, p.rank_limits, record_path=p.state_dir / "groups.etf"),
+            ),
             _server("scheduler", partial(_scheduler, p)),
             # Last, so that their faults restart nothing that others rely on.
             _server("discovery", lambda: Discovery(p.strategies(), interfaces=read_interfaces)),
@@ -203,6 +206,10 @@ def _scheduler(p: Parts) -> Scheduler:
         defaults=p.defaults,
         autoload=p.autoload,
     )
+
+
+def _model_store(p: Parts) -> ModelStoreServer:
+    return ModelStoreServer(p.store, hosts=lambda: [one.host for one in p.addresses()])
 
 
 def _ports(p: Parts) -> Ports:
