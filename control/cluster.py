@@ -18,6 +18,7 @@ from bridge.text import text_of
 from control import remote_generate
 from control.cluster_api import ClusterApi
 from control.errors import ControlError
+from control.node_names import pick_node
 from control.remote_generate import Options, usage_term
 
 log = logging.getLogger("control.cluster")
@@ -88,6 +89,10 @@ class Cluster(GenServer):
                 return self._forward(from_, "model_store", (Atom("pull"), text_of(model)))
             case ("pull_progress", model):
                 return self._forward(from_, "model_store", (Atom("progress"), text_of(model)))
+            case ("pull", model, node):
+                return self._spawn(from_, lambda: self._store_of(node, "pull", model))
+            case ("pull_progress", model, node):
+                return self._spawn(from_, lambda: self._store_of(node, "progress", model))
             case ("subscribe", Pid() as pid):
                 return self._forward(from_, "events", (Atom("subscribe"), pid))
             case ("stop", bool(now)):
@@ -125,6 +130,14 @@ class Cluster(GenServer):
             return await gen_server.node_call(self.me.node, Atom(name), request, timeout_s=STORE_S)
 
         return self._spawn(from_, ask)
+
+    async def _store_of(self, name: Term, call: str, model: Term) -> Term:
+        """Ask the model store of another node, named in full or by its host."""
+        node = self.me.node
+        found = pick_node(text_of(name), [str(node.name), *map(str, node.nodes())])
+        return await gen_server.node_call(
+            node, ("model_store", found), (Atom(call), text_of(model)), timeout_s=STORE_S
+        )
 
     async def _leader(self) -> Term:
         try:

@@ -160,8 +160,27 @@ class ClusterApi:
             Atom("epoch"): await self._ask("election", Atom("epoch")),
             Atom("nodes"): await self._ask("membership", Atom("nodes")),
             Atom("instances"): await self.instances(),
+            Atom("pulls"): await self.pulls(),
             Atom("url"): self.url(),
         }
+
+    async def pulls(self) -> list[dict[Any, Term]]:
+        """Files that are being fetched, on any node that says so in time."""
+
+        async def of(name: Atom) -> list[dict[Any, Term]]:
+            dest = (Atom("model_store"), name)
+            try:
+                found: Any = await gen_server.node_call(
+                    self.node, dest, Atom("fetches"), timeout_s=DESCRIBE_S
+                )
+            except gen_server.CallError:
+                return []
+            if not isinstance(found, list):  # a node of another kind, or of an older version
+                return []
+            return [{Atom("node"): name, **row} for row in found]
+
+        nodes = (self.node.name, *self.node.nodes())
+        return [row for rows in await asyncio.gather(*map(of, nodes)) for row in rows]
 
     async def instances(self) -> list[dict[Any, Term]]:
         """Every instance, as its coordinator describes it, or as the books know it."""

@@ -116,6 +116,19 @@ class DiskFull(ControlError):
         )
 
 
+class UnknownNode(ControlError):
+    """No node that is up has this name, or more than one."""
+
+    kind = "unknown_node"
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+        self.name, self.known = name, known
+
+    def __str__(self) -> str:
+        return f"no one node is meant by {self.name!r}; up are {', '.join(sorted(self.known))}."
+
+
 class QuotaExceeded(ControlError):
     """A model does not fit in the quota of the model store, whatever else were deleted."""
 

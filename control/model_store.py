@@ -142,6 +142,10 @@ class ModelStore:
         """How far the download that this store object runs is; None if it runs none."""
         return self._jobs.progress(ref.id)
 
+    def fetches(self) -> Sequence[Progress]:
+        """Everything that is being fetched, each model once."""
+        return self._jobs.all()
+
     def remove(self, ref: str) -> bool:
         """Delete a model's files from the store; False if there were none.
 

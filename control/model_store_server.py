@@ -7,6 +7,8 @@ call                        reply
 =========================== =====================================================================
 ``list``                    list of maps ``id, name, family, state, size_bytes, context_tokens,
                             aliases``
+``fetches``                 list of maps ``model, phase, source, done_bytes, total_bytes`` of what
+                            is being fetched
 ``{locate, Ref}``           ``{ok, #{id, path, whole, size_bytes, here_bytes}}`` without network;
                             ``path`` is ``undefined`` where nothing of it is here
 ``{pull, Ref}``             ``ok`` at once, or ``{error, Kind, Text}``; from other nodes that have
@@ -99,7 +101,15 @@ class ModelStoreServer(GenServer):
         try:
             match request:
                 case "list":
-                    return [_entry_term(e) for e in await asyncio.to_thread(store.list)]
+                    under_way = {now.model: now for now in store.fetches()}
+                    return [
+                        _entry_term(e, under_way.get(e.id))
+                        for e in await asyncio.to_thread(store.list)
+                    ]
+                case "fetches":
+                    return [
+                        {Atom("model"): now.model, **_progress_term(now)} for now in store.fetches()
+                    ]
                 case ("locate", ref):
                     return self._answer(
                         from_, lambda: asyncio.to_thread(self._locate, text_of(ref))
@@ -168,8 +178,10 @@ class ModelStoreServer(GenServer):
         """From the nodes that have all of it, those that keep files for others first."""
         if self.store.path_of(ref) is None:
             found = await who_has(self.me.node, ref.id, await self._others())
-            whole = [name for name, is_whole in found if is_whole]
+            whole = [name for name, id_, is_whole in found if is_whole]
             if whole:
+                if not ref.sources:  # a path of theirs: under the name they have for it
+                    ref = ModelRef(next(id_ for _, id_, is_whole in found if is_whole), ())
                 try:
                     return await self._from_peers(ref, WHOLE, whole, note)
                 except DownloadFailed as exc:
@@ -284,18 +296,22 @@ class ModelStoreServer(GenServer):
                 return _error(exc.kind, str(exc))
             else:
                 return _error("not_pulling", f"{ref.id} is not being fetched")
-        return (
-            Atom("ok"),
-            {
-                Atom("phase"): Atom(progress.phase),
-                Atom("source"): progress.source,
-                Atom("done_bytes"): progress.done_bytes,
-                Atom("total_bytes"): progress.total_bytes,
-            },
-        )
+        return (Atom("ok"), _progress_term(progress))
 
 
-def _entry_term(entry: Entry) -> Term:
+def _progress_term(progress: Progress) -> dict[Any, Term]:
+    return {
+        Atom("phase"): Atom(progress.phase),
+        Atom("source"): progress.source,
+        Atom("done_bytes"): progress.done_bytes,
+        Atom("total_bytes"): progress.total_bytes,
+    }
+
+
+def _entry_term(entry: Entry, progress: Progress | None) -> Term:
+    far: dict[Any, Term] = {}
+    if progress is not None:
+        far = {Atom("done_bytes"): progress.done_bytes, Atom("total_bytes"): progress.total_bytes}
     return {
         Atom("id"): entry.id,
         Atom("name"): entry.name,
@@ -304,6 +320,7 @@ def _entry_term(entry: Entry) -> Term:
         Atom("size_bytes"): entry.size_bytes,
         Atom("context_tokens"): entry.context_tokens,
         Atom("aliases"): list(entry.aliases),
+        **far,
     }
 
 

@@ -55,6 +55,11 @@ class Jobs:
         found = [job.progress for (id_, _), job in self._jobs.items() if id_ == model_id]
         return next((p for p in found if p.phase != "waiting"), found[0] if found else None)
 
+    def all(self) -> list[Progress]:
+        """How far each model is that is being fetched."""
+        ids = dict.fromkeys(id_ for id_, _ in self._jobs)
+        return [found for id_ in ids if (found := self.progress(id_)) is not None]
+
     async def run(
         self, model_id: str, key: str, work: Work, on_progress: OnProgress | None
     ) -> Path:

@@ -81,6 +81,7 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 Memory = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_memory)]
+Quota = Annotated[int, BeforeValidator(parse_bytes), Field(ge=10**6, le=2**60)]
 Hostname = Annotated[str, StringConstraints(pattern=rf"^{LABEL}(\.{LABEL})*$", max_length=253)]
 Address = Annotated[str, AfterValidator(_address)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -186,6 +187,7 @@ class Models(Section):
     default: Names = ("smollm2-135m-instruct",)
     autoload: bool = True
     dir: Path | None = None
+    quota_bytes: Quota | None = Field(default=None, alias="quota")
     cards: tuple[Path, ...] = ()
 
 

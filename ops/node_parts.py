@@ -48,7 +48,9 @@ def make_parts(
     )
     joining = make_joining(node, settings, config, home.cookie(), hosts, tls)
     cards = load_cards(config.models.cards)
-    store = ModelStore(config.models.dir or home.models_dir, cards)
+    store = ModelStore(
+        config.models.dir or home.models_dir, cards, quota_bytes=config.models.quota_bytes
+    )
     return Parts(
         api=ClusterApi(node, config.cluster_name),
         store=store,

@@ -120,6 +120,17 @@ def _progress(record: Record) -> str:
     return f"{plain(record.get('state'))} {100 * done // total} %"
 
 
+def _percent(record: Record) -> str:
+    done, total = record.get("done_bytes") or 0, record.get("total_bytes") or 0
+    return f"{100 * done // total} %" if total else "-"
+
+
+def _fetched(record: Record) -> str:
+    """The state of a model; of one that is being fetched also how much of it is here."""
+    state, percent = plain(record.get("state")), _percent(record)
+    return state if percent == "-" else f"{state} {percent}"
+
+
 def _reason(record: Record) -> str:
     return plain(record["text"]) if record.get("state") == "failed" else ""
 
@@ -163,12 +174,22 @@ RANKS: Final = (
 )
 MODELS: Final = (
     Column("model", get("id")),
-    Column("state", get("state"), states=True),
+    Column("state", _fetched, states=True),
     Column("size", size_of("size_bytes"), right=True),
     Column("context", lambda r: plain(r.get("context_tokens") or None), right=True),
     Column("family", get("family")),
     Column("licence", get("license")),
     Column("other names", get("aliases")),
+)
+
+
+PULLS: Final = (
+    Column("node", get("node")),
+    Column("model", get("model")),
+    Column("state", get("phase")),
+    Column("from", get("source")),
+    Column("done", _percent, right=True),
+    Column("size", size_of("total_bytes"), right=True),
 )
 
 
@@ -207,7 +228,10 @@ def status(data: Record) -> RenderableType:
     leader = plain(data.get("leader"))
     head = Text(f"cluster {plain(data.get('cluster'))}, epoch {plain(data.get('epoch'))}, ")
     head.append(f"leader {leader}\nasked: {plain(data.get('node'))}\n")
-    return Group(head, nodes(data["nodes"]), Text(), instances(data["instances"]))
+    shown = [head, nodes(data["nodes"]), Text(), instances(data["instances"])]
+    if pulls := data.get("pulls"):
+        shown += [Text(), table("Files on their way", PULLS, pulls)]
+    return Group(*shown)
 
 
 def nodes(data: Sequence[Record]) -> RenderableType:

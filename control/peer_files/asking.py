@@ -93,10 +93,13 @@ class NodePeers:
             raise DownloadFailed(self._ref, "this node is stopping") from exc
 
 
-async def who_has(node: Node, ref: str, names: Sequence[str]) -> list[tuple[str, bool]]:
-    """Which of ``names`` have something of a model, and whether all of it; in the same order."""
+async def who_has(node: Node, ref: str, names: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """Which of ``names`` have something of a model, its id there, and whether all of it is.
 
-    async def ask(name: str) -> bool | None:
+    In the order of ``names``.
+    """
+
+    async def ask(name: str) -> tuple[str, str, bool] | None:
         try:
             answer = await gen_server.node_call(
                 node, (NAME, name), (Atom("locate"), ref), timeout_s=LOCATE_S
@@ -104,12 +107,12 @@ async def who_has(node: Node, ref: str, names: Sequence[str]) -> list[tuple[str,
         except gen_server.CallError:
             return None
         match answer:
-            case ("ok", {"whole": True}):
-                return True
-            case ("ok", {"path": bytes() | str() as path}) if path != "undefined":
-                return False
+            case ("ok", {"id": bytes() | str() as id_, "whole": bool(whole), "path": path}) if (
+                path != "undefined"
+            ):
+                return name, text_of(id_), whole
             case _:
                 return None
 
     found = await asyncio.gather(*(ask(name) for name in names))
-    return [(n, whole) for n, whole in zip(names, found, strict=True) if whole is not None]
+    return [one for one in found if one is not None]

@@ -28,6 +28,7 @@ from ops.commands.options import (
     SlotsOption,
     TensorOption,
     ThreadsOption,
+    ToOption,
     load_options,
     model_ref,
     target,
@@ -58,16 +59,21 @@ def ps(home: HomeOption = None, node: NodeOption = None, json: JsonOption = Fals
 @app.command()
 def pull(
     model: ModelArgument,
+    to: ToOption = None,
     home: HomeOption = None,
     node: NodeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Download a model, so that loading it needs no network; an interrupted one goes on."""
+    """Download a model, so that loading it needs no network; an interrupted one goes on.
+
+    It comes from the machines of the cluster that have it, else from outside.
+    """
     wanted = model_ref(model)
+    where: tuple[Term, ...] = (to,) if to else ()
 
     async def pulled(client: ClusterClient) -> dict[str, Any]:
-        await client.call((Atom("pull"), wanted))
-        return await until_pulled(client, wanted)
+        await client.call((Atom("pull"), wanted, *where))
+        return await until_pulled(client, wanted, to)
 
     found = run(target(home, node), pulled)
     show(found, json, lambda data: tables.models([data]))

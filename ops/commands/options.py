@@ -34,6 +34,10 @@ NodeOption = Annotated[
         help="Speak to this node (NAME@HOST, found through EPMD), with the cookie of --home.",
     ),
 ]
+ToOption = Annotated[
+    str | None,
+    typer.Option("--to", metavar="NODE", help="The machine that is to have it: NAME@HOST or HOST."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 ModelArgument = Annotated[
     str,

@@ -16,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from bridge.term import Atom
+from bridge.term import Atom, Term
 from control.json_view import to_json
 from ops.client import ClusterClient
 from ops.commands.output import console, note
@@ -102,25 +102,30 @@ async def until_ready(client: ClusterClient, instance: str) -> dict[str, Any]:
             await asyncio.sleep(POLL_S)
 
 
-async def until_pulled(client: ClusterClient, model: str) -> dict[str, Any]:
-    """Wait for the files of a model; its entry in the catalogue once they are here.
+async def until_pulled(client: ClusterClient, model: str, to: str | None = None) -> dict[str, Any]:
+    """Wait for the files of a model; its entry in the catalogue once they are there.
+
+    Args:
+        to: the node that fetches; None is the one that is asked.
 
     Raises:
         Refused: the download failed, with the reason.
     """
     with Meter() as meter:
         while True:
-            if await _show_pull(client, meter, model) == "done":
+            if await _show_pull(client, meter, model, to) == "done":
                 break
             await asyncio.sleep(POLL_S)
     rows = to_json(await client.call(Atom("models")))
     known = (row for row in rows if model == row["id"] or model in row.get("aliases", []))
-    return dict(next(known, {"id": model, "state": "local"}))  # a path or hub reference has none
+    found = dict(next(known, {"id": model, "state": "local"}))  # a path or hub reference has none
+    return {**found, "state": "local", "node": to} if to else found
 
 
-async def _show_pull(client: ClusterClient, meter: Meter, model: str) -> str:
+async def _show_pull(client: ClusterClient, meter: Meter, model: str, to: str | None = None) -> str:
     """Show how far a download is; its phase. Raises Refused: why the last one failed."""
-    progress: dict[str, Any] = to_json(await client.call((Atom("pull_progress"), model)))
+    where: tuple[Term, ...] = (to,) if to else ()
+    progress: dict[str, Any] = to_json(await client.call((Atom("pull_progress"), model, *where)))
     phase = str(progress["phase"])
     source = f" from {progress['source']}" if progress.get("source") else ""
     meter.show(f"{model}: {phase}{source}", progress["done_bytes"], progress["total_bytes"])

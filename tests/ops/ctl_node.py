@@ -163,6 +163,12 @@ class Cluster(GenServer):
             case ("pull", model):
                 self._pulls[text_of(model)] = 0
                 return OK
+            case ("pull", model, to):
+                self.note(f"pull {text_of(model)} to {text_of(to)}")
+                self._pulls[text_of(model)] = 0
+                return OK
+            case ("pull_progress", model, _):
+                return (OK, atoms(self._progress(text_of(model))))
             case ("pull_progress", b"gone"):
                 return (ERROR, Atom("download_failed"), "no source could be reached")
             case ("pull_progress", model):

@@ -145,6 +145,13 @@ def test_pull_waits_until_the_files_are_here(node: CtlNode) -> None:
     assert "package index" in found.err
 
 
+def test_pull_has_another_machine_fetch(node: CtlNode) -> None:
+    found = node.ctl("model", "pull", "far", "--to", "n2", "--json")
+    assert found.status == 0
+    assert (found.json["id"], found.json["state"], found.json["node"]) == ("far", "local", "n2")
+    assert "pull far to n2" in node.seen
+
+
 @pytest.mark.parametrize("name", ["lama", "lama-1", "big-lama"])
 def test_unload_takes_a_model_an_alias_or_an_instance(node: CtlNode, name: str) -> None:
     before = len(node.seen)
