@@ -12,7 +12,8 @@ from control.gateway.errors import ApiError
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
 from control.gateway.models import find_model
-from control.gateway.ollama_types import KeepAlive, OllamaName, Options
+from control.gateway.ollama_options import KeepAlive, Options
+from control.gateway.ollama_types import OllamaName
 from control.gateway.openai_types import TokenId
 
 

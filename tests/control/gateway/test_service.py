@@ -15,7 +15,8 @@ from control.gateway.anthropic_types import MessagesRequest
 from control.gateway.ask import INERT, Ask
 from control.gateway.cluster import PlaceRequest
 from control.gateway.health import from_status
-from control.gateway.ollama_types import OllamaChatRequest, OllamaGenerateRequest, Options
+from control.gateway.ollama_options import Options
+from control.gateway.ollama_types import OllamaChatRequest, OllamaGenerateRequest
 from control.gateway.openai_types import ChatRequest, CompletionRequest, Inert
 from control.gateway.responses_types import ResponsesRequest
 from tests.control.gateway.fake_backend import MODEL, STATUS, FakeBackend, FakeControl
