@@ -140,5 +140,6 @@ def _check_room(
         context_tokens=context_tokens,
         num_slots=order.num_slots,
         threads=threads,
+        network=len(set(order.hosts)) > 1,
     )
     check_room(estimate, order.limit_bytes)

@@ -139,12 +139,14 @@ class Appraiser:
         """A refusal that names the shape."""
         return NoPlacement(self.model, f"{len(stages[0])}x{len(stages)}", why)
 
-    def fixed_bytes(self, seat: Seat, tensor: int) -> int:
-        """About what one of so many tensor ranks takes beside weights and cache."""
-        key = seat.kernels, seat.memory_kind, seat.threads, tensor
+    def fixed_bytes(self, seat: Seat, tensor: int, num_stages: int = 1) -> int:
+        """About what a rank of such a mesh takes beside weights and cache."""
+        alone = tensor == num_stages == 1
+        key = seat.kernels, seat.memory_kind, seat.threads, -tensor if alone else tensor
         if key not in self._bytes:
             shard = self.cuts.shards((1.0,) * tensor)[0]
-            self._bytes[key] = self.cuts.fixed_bytes(seat, shard)
+            network_bytes = 0 if alone else self.cuts.network_bytes(seat, shard)
+            self._bytes[key] = self.cuts.fixed_bytes(seat, shard) + network_bytes
         return int(self._bytes[key])
 
     def whole_bytes(self, seat: Seat) -> float:
@@ -195,7 +197,8 @@ class Appraiser:
         speed = [1 / sum(1 / self.layer_s(seat) for seat in stage) for stage in stages]
         for i in sorted(range(len(stages)), key=lambda i: (speed[i], i)):
             room = sum(
-                (seat.free_bytes - self.fixed_bytes(seat, tensor)) / self.whole_bytes(seat)
+                (seat.free_bytes - self.fixed_bytes(seat, tensor, len(stages)))
+                / self.whole_bytes(seat)
                 for seat in stages[i]
             )
             least = 1 / self.cuts.spec.num_layers

@@ -49,7 +49,7 @@ class Arranger:
     max_tensor: int
     max_stages: int
     _layer_s: dict[int, float] = field(default_factory=dict)  # by id: seats live as long
-    _rooms: dict[tuple[int, int], float] = field(default_factory=dict)
+    _rooms: dict[tuple[int, int, bool], float] = field(default_factory=dict)
     _sums: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def every(self) -> Iterator[Stages]:
@@ -101,7 +101,7 @@ class Arranger:
             rate = room = 0.0
             for seat in stage:
                 rate += 1 / self._layer(seat)
-                room += self._room(seat, tensor)
+                room += self._room(seat, tensor, len(stages))
             each.append((1 / rate + (self._sum(stage) if tensor > 1 else 0.0), room))
         room = sum(part for _, part in each)
         if room < 1:
@@ -131,13 +131,13 @@ class Arranger:
             found = self._layer_s[id(seat)] = self.on.layer_s(seat)
         return found
 
-    def _room(self, seat: Seat, tensor: int) -> float:
-        """Parts of the model that a device holds, as one of so many tensor ranks."""
-        found = self._rooms.get((id(seat), tensor))
+    def _room(self, seat: Seat, tensor: int, num_stages: int) -> float:
+        """Parts of the model that a device holds, as a rank of such a mesh."""
+        key = id(seat), tensor, num_stages == 1
+        found = self._rooms.get(key)
         if found is None:
-            free_bytes = seat.free_bytes - self.on.fixed_bytes(seat, tensor)
-            found = max(0.0, free_bytes / self.on.whole_bytes(seat))
-            self._rooms[id(seat), tensor] = found
+            free_bytes = seat.free_bytes - self.on.fixed_bytes(seat, tensor, num_stages)
+            found = self._rooms[key] = max(0.0, free_bytes / self.on.whole_bytes(seat))
         return found
 
     def _sum(self, stage: Sequence[Seat]) -> float:
@@ -175,7 +175,7 @@ class Arranger:
 
     def _sizes(self) -> list[int]:
         """Numbers of ranks: few, about as many as memory needs, and some more."""
-        rooms = sorted((self._room(seat, 1) for seat in self.seats), reverse=True)
+        rooms = sorted((self._room(seat, 1, 2) for seat in self.seats), reverse=True)
         need, room = 0, 0.0
         while need < len(rooms) and room < 1:
             room += rooms[need]

@@ -211,6 +211,7 @@ def _candidate(request: Request, row: Row) -> Candidate:
     shape, cuts = _shape(request, row), row.on.cuts
     seats = [seat for stage in row.best.stages for seat in stage]
     shards = cuts.mesh(shape.grid)
+    network = len({seat.node for seat in seats}) > 1
     for shard in shards:
         assert shard.layers == row.best.layers[shard.pipeline.device_rank], (shape, shard)
     ranks = tuple(
@@ -222,7 +223,7 @@ def _candidate(request: Request, row: Row) -> Candidate:
             kernels=seat.kernels,
             threads=seat.threads,
             shard=shard,
-            needs=cuts.needs(seat, shard),
+            needs=cuts.needs(seat, shard, network=network),
             limit_bytes=seat.free_bytes,
         )
         for seat, shard in zip(seats, shards, strict=True)

@@ -32,7 +32,8 @@ class RankTable:
     """One cut on one kind of device.
 
     Attributes:
-        total_bytes: by run of layers; never less than the footprint of that rank.
+        total_bytes: by run of layers; never less than the footprint of that rank. Others of its
+            mesh are taken to be on other machines.
         weights_bytes: of these, the weights.
     """
 
@@ -91,14 +92,22 @@ class Cuts:
             split_embedding=True,
         )
 
-    def needs(self, seat: Seat, shard: RankShard, *, short: bool = False) -> Footprint:
-        """Exactly what a rank takes on a device; ``short``: of the model in short."""
+    def needs(
+        self, seat: Seat, shard: RankShard, *, short: bool = False, network: bool = False
+    ) -> Footprint:
+        """Exactly what a rank takes on a device.
+
+        Args:
+            short: of the model in short.
+            network: the mesh has ranks on other machines.
+        """
         key = (seat.kernels, seat.memory_kind, seat.threads, shard.pipeline, *_sizes(shard), short)
+        key += (network,)
         if key not in self._needs:
-            self._needs[key] = self._footprint(seat, shard, short)
+            self._needs[key] = self._footprint(seat, shard, short, network)
         return self._needs[key]
 
-    def _footprint(self, seat: Seat, shard: RankShard, short: bool) -> Footprint:
+    def _footprint(self, seat: Seat, shard: RankShard, short: bool, network: bool) -> Footprint:
         spec, stored = self._short if short else (self.spec, self.stored)
         return footprint(
             spec,
@@ -109,6 +118,7 @@ class Cuts:
             context_tokens=self.context_tokens,
             num_slots=self.num_slots,
             threads=seat.threads,
+            network=network,
         )
 
     def table(self, seat: Seat, shard: RankShard) -> RankTable:
@@ -145,8 +155,13 @@ class Cuts:
         )
         return short, _Short(self.stored, self._kept)
 
+    def network_bytes(self, seat: Seat, shard: RankShard) -> int:
+        """What a rank takes for meeting others on other machines."""
+        with_others = self._part(seat, shard, range(0), network=True)
+        return with_others.process_bytes - self._part(seat, shard, range(0)).process_bytes
+
     def fixed_bytes(self, seat: Seat, shard: RankShard) -> int:
-        """What does not go down with the number of layers, in a stage without logits."""
+        """What does not go down with the number of layers, of one rank alone without logits."""
         kept, stop = self._looked_at(seat)
         middle = self._part(seat, shard, range(0))
         workspace = 0
@@ -168,7 +183,13 @@ class Cuts:
         return range(len(self._kept)), len(self._kept)
 
     def _part(
-        self, seat: Seat, shard: RankShard, layers: range, *, first: bool = False
+        self,
+        seat: Seat,
+        shard: RankShard,
+        layers: range,
+        *,
+        first: bool = False,
+        network: bool = False,
     ) -> Footprint:
         stage = replace(
             shard.pipeline,
@@ -178,7 +199,7 @@ class Cuts:
             is_last_layer=layers.stop == self._looked_at(seat)[1],
         )
         short = seat.kernels != "mlx"
-        return self.needs(seat, replace(shard, pipeline=stage), short=short)
+        return self.needs(seat, replace(shard, pipeline=stage), short=short, network=network)
 
     def _table(self, seat: Seat, shard: RankShard) -> RankTable:
         (kept, stop), count = self._looked_at(seat), self.spec.num_layers
@@ -198,7 +219,12 @@ class Cuts:
         ends[0, :], ends[:, count] = first.weights_bytes, last.weights_bytes
         ends[0, count] = both.weights_bytes
         weights_bytes = until_weights[None, :] - until_weights[:, None] + ends
-        fixed = np.full((count + 1, count + 1), float(self.fixed_bytes(seat, shard)))
+        fixed_bytes = self.fixed_bytes(seat, shard)
+        fixed = np.full(
+            (count + 1, count + 1), float(fixed_bytes + self.network_bytes(seat, shard))
+        )
+        if shard.tensor.world_size == 1:  # all layers: it is alone
+            fixed[0, count] = fixed_bytes
         fixed[:, count] += max(0, last.workspace_bytes - middle.workspace_bytes)
         total_bytes = weights_bytes + (until_cache[None, :] - until_cache[:, None]) + fixed
         return RankTable(total_bytes, weights_bytes)

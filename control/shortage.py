@@ -37,7 +37,8 @@ def shortage(on: Appraiser, groups: Sequence[Group], layers: tuple[range, ...]) 
 def room_text(on: Appraiser, stages: Stages) -> str:
     """What the model takes and what these ranks have for it."""
     seats = [seat for stage in stages for seat in stage]
-    room = sum(seat.free_bytes - on.fixed_bytes(seat, len(stages[0])) for seat in seats)
+    size = len(stages[0]), len(stages)
+    room = sum(seat.free_bytes - on.fixed_bytes(seat, *size) for seat in seats)
     need = max(on.whole_bytes(seat) for seat in seats)
     names = ", ".join(str(seat) for seat in seats[:MOST_NAMED])
     names += f" and {len(seats) - MOST_NAMED} more" if seats[MOST_NAMED:] else ""

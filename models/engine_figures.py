@@ -22,12 +22,15 @@ class Figures:
         page_tokens: a slot's positions are rounded up to multiples of this.
         process_bytes: resident memory of a port's process beside its model: interpreter,
             libraries, compiled code; on a GPU what the driver and libraries keep there.
+        network_bytes: beside that, where ranks of other machines are met: PyTorch's libraries,
+            in which gloo comes.
     """
 
     packing: Packing
     kv_bytes_per_element: int
     page_tokens: int
     process_bytes: int
+    network_bytes: int = 0
 
 
 # Bytes of a block of 32 outputs by 32 inputs, see compute.cpu.layout.BLOCK_BYTES; formats are
@@ -60,6 +63,7 @@ def _mlx(size: int, process_bytes: int) -> Figures:
         kv_bytes_per_element=size,
         page_tokens=1,
         process_bytes=process_bytes,
+        network_bytes=190 * MIB,
     )
 
 
@@ -80,6 +84,7 @@ FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
         kv_bytes_per_element=4,
         page_tokens=64,
         process_bytes=162 * MIB,
+        network_bytes=190 * MIB,
     ),
     ("torch", "cpu"): Figures(
         packing=Packing(

@@ -66,6 +66,7 @@ def footprint(
     context_tokens: int,
     num_slots: int,
     threads: int,
+    network: bool = False,
 ) -> Footprint:
     """Memory of one rank. Headers alone are read.
 
@@ -77,6 +78,7 @@ def footprint(
         device: ``cpu``, ``cuda:N`` or ``mlx``; ``mlx-cpu`` for MLX without a GPU.
         context_tokens, num_slots: of the key/value memory.
         threads: CPU threads of the rank.
+        network: other ranks of its mesh are on other machines.
 
     Raises:
         ValueError: no engine of these kernels runs on that device, or a size is not positive.
@@ -108,7 +110,7 @@ def footprint(
         weights_bytes=found.weights_bytes,
         kv_bytes=found.kv_bytes,
         workspace_bytes=found.workspace_bytes,
-        process_bytes=figures.process_bytes,
+        process_bytes=figures.process_bytes + (figures.network_bytes if network else 0),
     )
 
 

@@ -78,10 +78,10 @@ def test_of_several_machines_the_fast_one_is_taken() -> None:
 
 
 def test_what_fits_on_no_machine_goes_over_two() -> None:
-    whole = choose(ask(), fleet_with(64), SPEC, None, "Q8_0")
+    whole = choose(ask(), fleet_with(64), SPEC, None, "F32")
     assert whole.chosen is not None
     need = whole.chosen.total_bytes
-    found = choose(ask(), fleet_with(*(0.85 * need / GB,) * 2), SPEC, None, "Q8_0")
+    found = choose(ask(), fleet_with(*(0.9 * need / GB,) * 2), SPEC, None, "F32")
     assert found.chosen is not None
     assert {rank.node for rank in found.chosen.ranks} == {"n0", "n1"}
     for rank in found.chosen.ranks:

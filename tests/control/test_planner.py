@@ -133,6 +133,7 @@ def test_a_plan_exceeds_no_limit_and_covers_every_layer_once(
                 context_tokens=256,
                 num_slots=4,
                 threads=rank.threads,
+                network=len({other.node for other in ranks}) > 1,
             )
             assert rank.needs == exact
             taken[rank.node, rank.pool] = taken.get((rank.node, rank.pool), 0) + exact.total_bytes
@@ -312,17 +313,20 @@ def test_shares_follow_speed_and_then_memory() -> None:
 
     fast, slow = ffn(members)
     assert fast > 2 * slow
-    fast, slow = ffn(machines(0.32, 2.0))
+    fast, slow = ffn(machines(0.52, 2.0))
     assert fast < slow
 
 
 def test_a_model_too_large_for_any_machine_runs_over_two() -> None:
-    members = machines(0.4, 0.4)
-    found = plan(ask(), members, linked(names(members)), medium(), None, {}, kind="BF16")
+    members, spec = machines(0.9, 0.9), medium(num_hidden_layers=24)
+    found = plan(ask(), members, linked(names(members)), spec, None, {}, kind="BF16")
     assert found.chosen is not None
-    assert len(found.chosen.candidate.ranks) == 2
+    ranks = found.chosen.candidate.ranks
+    assert len(ranks) == 2
     alone = next(o for o in found.others if o.candidate.shape.num_ranks == 1)
-    assert "n0 cpu:0 has 0.40 GB, layers 0 to 6 take 0.5" in alone.candidate.why
+    assert "n0 cpu:0 has 0.90 GB, layers 0 to 24 take 1.17" in alone.candidate.why
+    for rank in ranks:  # each has what it takes to meet the other
+        assert rank.needs.process_bytes > 300e6
 
 
 def test_more_steps_in_flight_make_a_pipeline_worth_its_while() -> None:

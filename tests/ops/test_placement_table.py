@@ -46,8 +46,8 @@ def fleet(*memory: float) -> Fleet:
 def shown(machines: Fleet, shape: MeshShape | None = None, goal: str = "") -> tuple[str, Any]:
     """As ``ctl place`` prints it, and its data."""
     request = Request(model="m", shape=shape, context_tokens=256, num_slots=4)
-    found = choose(request, machines, SPEC, None, "Q8_0", goal=goal)
-    head = {"model": "m", "state": "remote", "size_bytes": GB, "assumed": "Q8_0"}
+    found = choose(request, machines, SPEC, None, "F32", goal=goal)
+    head = {"model": "m", "state": "remote", "size_bytes": GB, "assumed": "F32"}
     data = {**head, **to_json(placement_term(found, machines))}
     out = io.StringIO()
     Console(file=out, width=250).print(placement(data))
@@ -55,7 +55,7 @@ def shown(machines: Fleet, shape: MeshShape | None = None, goal: str = "") -> tu
 
 
 def test_ranks_estimates_runners_up_and_machines_that_take_none() -> None:
-    text, data = shown(fleet(0.3, 0.3), goal="throughput")
+    text, data = shown(fleet(0.8, 0.8), goal="throughput")
     nodes = [rank["node"] for rank in data["chosen"]["ranks"]]
     assert sorted(nodes) == ["n0@h", "n1@h"]
     shares = [rank["share"] for rank in data["chosen"]["ranks"]]
@@ -73,7 +73,7 @@ def test_ranks_estimates_runners_up_and_machines_that_take_none() -> None:
         "Estimate: a token every",
         "tokens/s for all slots",
         "single 1x1",
-        "n0@h cpu:0 has 0.30 GB, layers 0 to",
+        "n0@h cpu:0 has 0.80 GB, layers 0 to",
         "Machines that take no rank",
         "n2@h  has no compute role (storage)",
     ):
