@@ -43,6 +43,8 @@ class OllamaGeneration(Ask):
     )
     format: Annotated[str | None, only("")] = None
     think: Annotated[bool | None, only(False)] = None
+    truncate: Annotated[bool | None, only(False)] = None
+    shift: Annotated[bool | None, only(False)] = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -125,16 +127,21 @@ class Named(Ask):
     @model_validator(mode="before")
     @classmethod
     def _from_older_name(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "name" in data and data.get("model") in (None, ""):
-            rest = {key: value for key, value in data.items() if key not in ("model", "name")}
-            return {"model": data["name"], **rest}
-        return data
+        """Ollama's own command sends both, the older one empty."""
+        if not isinstance(data, dict) or "name" not in data:
+            return data
+        model, rest = data.get("model"), {k: v for k, v in data.items() if k != "name"}
+        if data["name"] in (None, "", model):
+            return rest
+        return {**rest, "model": data["name"]} if model in (None, "") else data
 
 
 class ShowRequest(Named):
     """Body of ``POST /api/show``."""
 
     verbose: Annotated[bool | None, only(False)] = None
+    system: Annotated[str | None, only("")] = None
+    template: Annotated[str | None, only("")] = None
 
 
 class DeleteRequest(Named):
@@ -146,3 +153,5 @@ class PullRequest(Named):
 
     stream: bool = True
     insecure: Annotated[bool | None, only(False)] = None
+    username: Annotated[str | None, only("")] = None
+    password: Annotated[str | None, only("")] = None

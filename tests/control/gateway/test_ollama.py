@@ -159,6 +159,7 @@ def test_nothing_to_say_loads_or_unloads(steered: tuple[Live, FakeControl]) -> N
         (CHAT, {"format": {"type": "object"}}, "format"),
         (CHAT, {"think": True}, "think"),
         (CHAT, {"think": "high"}, "think"),
+        (CHAT, {"truncate": True}, "truncate"),
         (CHAT, {"keep_alive": 0}, "keep_alive"),
         (CHAT, {"keep_alive": "soon"}, "keep_alive"),
         (CHAT, {"top_logprobs": 2}, "top_logprobs"),
@@ -281,6 +282,42 @@ def test_delete(steered: tuple[Live, FakeControl]) -> None:
     with pytest.raises(ollama.ResponseError) as caught:
         live.ollama.delete("no")
     assert caught.value.status_code == 404
+
+
+def test_bodies_as_ollamas_own_command_sends_them(steered: tuple[Live, FakeControl]) -> None:
+    live, control = steered
+    control.pulled = (PullProgress(phase="done"),)
+    show = {"model": MODEL, "system": "", "template": "", "verbose": False, "options": None}
+    load = {
+        "model": MODEL,
+        "prompt": "",
+        "suffix": "",
+        "system": "",
+        "template": "",
+        "stream": False,
+    }
+    pull = {"model": MODEL, "username": "", "password": "", "name": "", "stream": False}
+    talk: dict[str, Any] = {
+        "model": MODEL,
+        "messages": USER,
+        "options": {},
+        "keep_alive": "5m0s",
+        "tools": None,
+    }
+    for path, body in (
+        ("/api/show", {**show, "name": ""}),
+        (GENERATE, {**load, "options": None}),
+        ("/api/pull", pull),
+        (CHAT, talk),
+    ):
+        answer = live.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+    answer = live.http.request("DELETE", "/api/delete", json={"model": MODEL, "name": MODEL})
+    assert answer.status_code == 200
+    answer = live.http.post("/api/show", json={"model": MODEL, "name": "another"})
+    assert (answer.status_code, "name" in answer.json()["error"]) == (400, True)
+    answer = live.http.post("/api/show", json={"model": MODEL, "template": "x"})
+    assert (answer.status_code, "template" in answer.json()["error"]) == (400, True)
 
 
 def test_embeddings_are_refused_on_both_routes(live: Live) -> None:
