@@ -54,7 +54,7 @@ async def main() -> None:
     folder, host = Path(settings["folder"]), settings["host"]
     node = Node(settings["name"], COOKIE)
     epmd = Epmd(tcp_port=settings["epmd_port"], serve_hosts=(host,))
-    await node.start(listen=((host,) if host == "127.0.0.1" else (host, "127.0.0.1"), 0), epmd=epmd)
+    await node.start(listen=(host, 0), epmd=epmd)
     starter = PortStarter(
         control_node=settings["name"],
         cookie=COOKIE,
