@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from control.backend import ModelInfo
 from control.errors import UnknownModel
 from control.gateway.gateway import Gateway
+from control.gateway.timestamp import timestamp
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -18,7 +19,9 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.get("/v1/models", summary="Every known model; those that are ready come first")
     async def list_models() -> dict[str, Any]:
         found = sorted(await gateway.backend.models(), key=lambda info: info.state != "ready")
-        return {"object": "list", "data": [_shown(info) for info in found]}
+        data = [_shown(info) for info in found]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+        return {"object": "list", "data": data, "has_more": False, **ends}
 
     @routes.get("/v1/models/{model:path}", summary="One model, by id or alias")
     async def get_model(model: str) -> dict[str, Any]:
@@ -37,10 +40,14 @@ async def find_model(gateway: Gateway, name: str) -> ModelInfo:
 
 
 def _shown(info: ModelInfo) -> dict[str, Any]:
+    """A model as OpenAI's clients read it, and Anthropic's, with what we know besides."""
     return {
         "id": info.id,
         "object": "model",
         "created": info.created_s,
+        "type": "model",
+        "display_name": info.name,
+        "created_at": timestamp(info.created_s),
         "owned_by": "phalanx",
         "name": info.name,
         "family": info.family,

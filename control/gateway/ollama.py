@@ -14,12 +14,13 @@ from control.gateway.errors import ApiError
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
 from control.gateway.models import find_model
-from control.gateway.ollama_shape import OllamaShape, Times, said, timestamp
+from control.gateway.ollama_shape import OllamaShape, Times, said
 from control.gateway.ollama_types import (
     OllamaChatRequest,
     OllamaGenerateRequest,
     OllamaGeneration,
 )
+from control.gateway.timestamp import timestamp
 
 ABOUT = (
     "Streams unless stream is false. Options that are not said have Ollama's defaults: temperature "

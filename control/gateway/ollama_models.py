@@ -17,8 +17,8 @@ from control.gateway.disconnect import until_disconnect
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
 from control.gateway.models import find_model
-from control.gateway.ollama_shape import timestamp
 from control.gateway.ollama_types import DeleteRequest, PullRequest, ShowRequest
+from control.gateway.timestamp import timestamp
 
 UNKNOWN_TIME = "0001-01-01T00:00:00Z"  # Go's zero time, which Ollama's clients know
 NEVER = "9999-12-31T23:59:59Z"

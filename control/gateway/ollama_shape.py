@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from control.backend import OpenModel
@@ -13,6 +12,7 @@ from control.gateway import choices, ndjson
 from control.gateway.gateway import Gateway
 from control.gateway.generation_text import Delta, chat_logprobs
 from control.gateway.ollama_types import OllamaGeneration
+from control.gateway.timestamp import timestamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,3 @@ def said(is_chat: bool, text: str) -> dict[str, Any]:
 
 def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
-
-
-def timestamp(now_s: float) -> str:
-    """RFC 3339 in UTC."""
-    return datetime.fromtimestamp(now_s, UTC).isoformat().replace("+00:00", "Z")

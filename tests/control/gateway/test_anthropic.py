@@ -230,3 +230,10 @@ def test_an_error_in_mid_stream_is_an_error_event(live: Live) -> None:
         list(live.anthropic.messages.create(**ASK, stream=True))
     name, data = events_of(live)[-1]
     assert (name, data["type"], data["error"]["type"]) == ("error", "error", "api_error")
+
+
+def test_the_client_lists_models(live: Live) -> None:
+    found = list(live.anthropic.models.list())
+    assert found[0].id == MODEL
+    assert found[0].to_dict().items() >= {"type": "model", "display_name": "Tiny"}.items()
+    assert live.anthropic.models.retrieve(MODEL).created_at.year == 2023
