@@ -25,8 +25,13 @@ class Run:
     first: int
     count: int
 
+    @property
+    def chunks(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + self.count)
 
-Has = Callable[[Run], bool]
+
+Has = Callable[[str, int], bool]  # whether a peer has a chunk of a file
 
 
 @dataclass(slots=True, eq=False)
@@ -49,15 +54,36 @@ class Board:
         ]
 
     def take(self, peer: str, has: Has) -> Run | None:
-        """A run for ``peer``; None while there is none for it."""
+        """A run for ``peer``; None while there is none for it.
+
+        A run that nobody fetches yet is cut to what the peer has of it.
+        """
         with self._changed:
             able = [e for e in self._open if peer not in e.refused and peer not in e.taken]
             for copies in range(MAX_COPIES):
                 for entry in able:
-                    if len(entry.taken) == copies and has(entry.run):
-                        entry.taken.append(peer)
-                        return entry.run
+                    if len(entry.taken) == copies and (found := self._cut(entry, has)) is not None:
+                        found.taken.append(peer)
+                        return found.run
             return None
+
+    def _cut(self, entry: _Entry, has: Has) -> _Entry | None:
+        """The part of an entry that a peer can give, which is an entry of its own from now on."""
+        run = entry.run
+        there = rows_of(chunk for chunk in run.chunks if has(run.name, chunk))
+        if not there:
+            return None
+        if len(there[0]) == run.count:
+            return entry
+        if entry.taken:
+            return None
+        lacking = sorted(set(run.chunks) - {chunk for row in there for chunk in row})
+        at = self._open.index(entry)
+        self._open[at : at + 1] = [
+            _Entry(Run(run.name, row.start, len(row)), refused=set(entry.refused))
+            for row in (*there, *rows_of(lacking))
+        ]
+        return self._open[at]
 
     def needs(self, run: Run) -> bool:
         """Whether nobody else has brought it meanwhile."""
@@ -88,10 +114,14 @@ class Board:
         with self._changed:
             return not self._open
 
-    def is_hopeless(self, peer: str) -> bool:
+    def is_hopeless(self, peer: str, has: Has) -> bool:
         """Whether ``peer`` can give nothing of what is left."""
         with self._changed:
-            return all(peer in entry.refused for entry in self._open)
+            return all(
+                peer in entry.refused
+                or not any(has(entry.run.name, chunk) for chunk in entry.run.chunks)
+                for entry in self._open
+            )
 
     def wait(self, timeout_s: float) -> None:
         """For another thread's news."""

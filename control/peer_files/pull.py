@@ -72,12 +72,9 @@ class Source:
     bad_runs: int = 0
     why: str = ""
 
-    def has(self, run: Run) -> bool:
-        """Whether it can give all of a run."""
-        if self.have is None:
-            return True
-        have = self.have.get(run.name, set())
-        return all(chunk in have for chunk in range(run.first, run.first + run.count))
+    def has(self, name: str, chunk: int) -> bool:
+        """Whether it can give a chunk of a file."""
+        return self.have is None or chunk in self.have.get(name, ())
 
 
 class Pull:
@@ -177,7 +174,7 @@ class Pull:
                     if ahead:
                         self._receive(line, source, *ahead[0], buffer)
                         ahead.popleft()
-                    elif self._board.is_empty() or self._board.is_hopeless(source.peer):
+                    elif self._board.is_empty() or self._board.is_hopeless(source.peer, source.has):
                         return
                     else:
                         self._board.wait(WAIT_S)
@@ -207,7 +204,7 @@ class Pull:
         ]
         if not self._board.needs(run):
             return  # another peer was quicker
-        good = sorted(set(range(run.first, run.first + run.count)) - set(bad))
+        good = sorted(set(run.chunks) - set(bad))
         path, size = self._copy.files / run.name, self._copy.sizes[run.name]
         with disk_errors(path), path.open("r+b", buffering=0) as file:
             for row in rows_of(good):
@@ -235,7 +232,11 @@ class Pull:
         return span(run.first, run.count, self._copy.sizes[run.name])
 
     def _digests(self, run: Run) -> Future[bytes]:
-        able = [s.peer for s in self._sources if not s.why and s.has(run)]
+        able = [
+            s.peer
+            for s in self._sources
+            if not s.why and all(s.has(run.name, chunk) for chunk in run.chunks)
+        ]
         return self._peers.digests(able, run)
 
     def _token(self, source: Source) -> bytes:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from bridge import gen_server
 from bridge.node import Node
-from bridge.process import Process
 from bridge.term import Atom, Pid, Term
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
+from control.peer_files.chunks import num_chunks
 from tests.models.tiny import llama_tensors, write_gguf
 
 
@@ -63,13 +64,21 @@ async def store_nodes(
 
 async def stop_server(node: Node, pid: Pid) -> None:
     with node.open_process(label="end") as me:
-        end_of(me, pid)
-        await me.receive(lambda m: m if m[0] == "DOWN" else None, timeout_s=5)
+        ref = me.monitor(pid)
+        me.exit(pid, Atom("shutdown"))
+        await me.receive(lambda m: m if m[:2] == ("DOWN", ref) else None, timeout_s=5)
 
 
-def end_of(me: Process, pid: Pid) -> None:
-    me.monitor(pid)
-    me.exit(pid, Atom("shutdown"))
+def give(node: StoreNode, ref: str, file: Path) -> Path:
+    """Put a copy of ``file`` into a node's store, as if it had been fetched; where it is."""
+    files = node.store.shelf.root / ".given" / "files"
+    files.mkdir(parents=True)
+    shutil.copy(file, files / file.name)
+    return node.store.shelf.publish(ref, files, "given")
+
+
+def chunks_in(path: Path) -> int:
+    return num_chunks(path.stat().st_size)
 
 
 def big_gguf(path: Path, *, ffn: int = 4096, layers: int = 2) -> Path:
