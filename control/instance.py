@@ -25,7 +25,6 @@ can watch the link by which its tokens come.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,9 @@ from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import supervisor
+from control.history import History
 from control.instance_spec import InstanceSpec, describe_spec, layout_of, rank_name
+from control.instance_view import describe_rank, engine_of
 from control.load_ranks import LoadFailed, load_ranks
 from control.names import until_free
 from control.rank import Rank, RankLimits
@@ -45,27 +46,9 @@ from control.rank_lease import Want, dial
 from control.spec import ChildSpec, ChildType, Restart, Strategy, SupSpec
 from models.mesh import head_rank
 
-MAX_EPOCHS_WITHOUT_PROGRESS = 5
+__all__ = ["Coordinator", "History", "instance_child"]
+
 PROGRESS_AFTER_S = 30.0  # an epoch that was ready this long counts as progress
-RANGES = ("layers", "kv_heads", "query_heads", "ffn", "vocab", "experts")  # half-open
-SIZES = ("weights_bytes", "kv_bytes", "workspace_bytes")
-
-
-@dataclass(slots=True)
-class History:
-    """What outlives an epoch: it is how a group that never gets anywhere is told from one
-    that is killed again and again while it works."""
-
-    epoch: int = 0
-    epochs_without_progress: int = 0
-    last_error: str = ""
-
-    def note(self, why: str) -> None:
-        """Remember what ended the latest epoch."""
-        self.last_error = why
-
-    def exhausted(self) -> bool:
-        return self.epochs_without_progress >= MAX_EPOCHS_WITHOUT_PROGRESS
 
 
 class Coordinator(GenServer):
@@ -256,26 +239,7 @@ class Coordinator(GenServer):
             self.me, rank_name(self.spec.id, rank), Atom("describe"), timeout_s=1.0
         )
         facts = self._facts[rank] if rank < len(self._facts) else {}
-        row = {
-            Atom("rank"): rank,
-            Atom("node"): Atom(self.spec.ranks[rank].node),
-            Atom("os_pid"): known["os_pid"],
-            Atom("state"): Atom(self.state),
-            Atom("device"): facts.get("device", self.spec.ranks[rank].device or "cpu:0"),
-            Atom("kernels"): facts.get("kernels", Atom("undefined")),
-            Atom("memory_bytes"): known["memory_bytes"],
-        }
-        row |= {Atom(name): facts.get(name, []) for name in RANGES}
-        row |= {Atom(name): facts.get(name, 0) for name in SIZES}
-        if known["load_total"]:
-            row[Atom("load_done")] = known["load_done"]
-            row[Atom("load_total")] = known["load_total"]
-        return row
-
-
-def engine_of(facts: dict[Any, Term], placed: str) -> str:
-    """Engine of a rank that is loaded: where nobody asked for one, the port chose it."""
-    return "mlx" if text_of(facts.get("kernels", "")) == "mlx" else placed
+        return describe_rank(self.spec, rank, self.state, known, facts)
 
 
 def instance_child(spec: InstanceSpec, history: History, limits: RankLimits) -> ChildSpec:

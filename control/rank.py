@@ -184,7 +184,8 @@ class Rank(GenServer):
     def _release_s(self) -> float:
         if not self._is_far:
             return RELEASE_S
-        return FAR_RELEASE_S / 4 if self._suspected else FAR_RELEASE_S
+        gone = self._suspected or self._want.node not in self.me.node.nodes(hidden=True)
+        return FAR_RELEASE_S / 4 if gone else FAR_RELEASE_S
 
     def _part(self) -> None:
         """Nobody there kills the port: end it ourselves, or let it know that it was left."""
