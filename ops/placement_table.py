@@ -68,6 +68,10 @@ def _head(data: Record) -> Text:
     if data.get("state") != "local":
         stored = f"{size(data.get('size_bytes'))}, taken to be {plain(data.get('assumed'))}"
         state = f"not downloaded: estimated from its card ({stored})"
+    machines = data.get("machines") or []
+    files = [one["node"] for one in machines if one.get("has_files")]
+    if len(machines) > 1 and files:
+        state = f"files on {plain(files)}"
     used = data.get("used_bytes") or 0
     head = Text(f"model {plain(data.get('model'))}, {state}\n")
     head.append(f"{plain(data.get('slots'))} slots of {plain(data.get('context_tokens'))} tokens")

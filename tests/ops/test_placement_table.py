@@ -66,6 +66,7 @@ def test_ranks_estimates_runners_up_and_machines_that_take_none() -> None:
     parts = sum(estimate[key] for key in ("compute_s", "sums_s", "hops_s", "head_s"))
     assert abs(estimate["token_s"] - parts) < 1e-9
     for word in (
+        "model m, files on n0@h",
         "for most throughput",
         "cpu:0 20 G weights/s",
         "Chosen: ",
