@@ -38,6 +38,8 @@ class ResponseStore:
 
     def put(self, id: str, kept: Kept) -> None:
         """Keep a response; one that alone is too large is not kept."""
+        if kept.num_chars > self._max_chars:
+            return
         self._kept[id] = kept
         self._num_chars += kept.num_chars
         while len(self._kept) > self._max_kept or self._num_chars > self._max_chars:

@@ -248,7 +248,7 @@ def test_the_store_forgets_what_was_unused_for_longest() -> None:
     store.put("d", Kept(b"{}", (Turn("user", "x" * 90),)))
     assert [store.get(id) is None for id in "acd"] == [True, True, False]
     store.put("e", Kept(b"{}", (Turn("user", "x" * 99),)))
-    assert len(store) == 0
+    assert store.get("e") is None
+    assert (store.remove("d"), store.remove("d"), len(store)) == (True, False, 0)
     store.put("f", small)
-    assert store.remove("f")
-    assert not store.remove("f")
+    assert store.get("f") is small
