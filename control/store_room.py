@@ -124,7 +124,8 @@ class Room:
                     log.warning(
                         "%s (%.1f MB) made room for %s", one.id, one.size_bytes / 1e6, folder
                     )
-            self._coming[folder] = mine + need_bytes
+            if folder in self._fetches:
+                self._coming[folder] = mine + need_bytes
 
 
 def taken_bytes(folder: Path) -> int:
