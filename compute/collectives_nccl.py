@@ -15,7 +15,7 @@ import torch.distributed
 from compute.call_thread import CallThread
 from compute.collectives import Backend, Rendezvous, Shapes, Tensor
 from compute.errors import JoinRefused, PeerLost
-from compute.rendezvous_store import meet, reason
+from compute.rendezvous_store import interface_of, meet, own_address, reason
 
 dist: Any = torch.distributed  # parts of it are not in its type information
 _SPIN_S, _NAP_S = 0.001, 0.0002
@@ -59,6 +59,7 @@ class NcclGroup:
         place = torch.device(device if ":" in device else f"{device}:0")
         try:
             store, prefix = meet(rendezvous, deadline_s, listener)
+            _bind(rendezvous)
             group = dist.ProcessGroupNCCL(
                 dist.PrefixStore(f"{prefix}/nccl", store),
                 rendezvous.rank,
@@ -145,6 +146,15 @@ class NcclGroup:
             self._lost = PeerLost(lost.rank, lost.why)  # that one holds what it passed through
             self.close()
             raise
+
+
+def _bind(rendezvous: Rendezvous) -> None:
+    """Keep NCCL's sockets on the interface that leads to rank 0: by itself it takes the first.
+
+    Source: NCCL's guide, ``NCCL_SOCKET_IFNAME``; ``=`` asks for exactly this name.
+    """
+    if len(set(rendezvous.hosts)) > 1 and (name := interface_of(own_address(rendezvous))):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 class Patience:

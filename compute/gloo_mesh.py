@@ -17,7 +17,7 @@ import torch.distributed
 
 from compute.collectives import Rendezvous
 from compute.errors import PeerLost
-from compute.rendezvous_store import family, meet, reason
+from compute.rendezvous_store import meet, own_address, reason
 
 dist: Any = torch.distributed  # parts of it are not in its type information
 
@@ -97,12 +97,7 @@ class GlooMesh:
 def _connect(store: Any, rendezvous: Rendezvous) -> Any:
     """Gloo's process group, on the network interface that leads to rank 0."""
     gloo: Any = dist.ProcessGroupGloo
-    host, tcp_port = rendezvous.address
-    if rendezvous.rank != 0:
-        with socket.socket(family(host), socket.SOCK_DGRAM) as probe:
-            probe.connect((host, tcp_port))  # sends nothing
-            host = probe.getsockname()[0]
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=host)]
+    options._devices = [gloo.create_device(hostname=own_address(rendezvous))]
     options._timeout = timedelta(seconds=rendezvous.timeout_s)
     return gloo(store, rendezvous.rank, rendezvous.world_size, options)

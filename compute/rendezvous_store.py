@@ -14,6 +14,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch.distributed
 
 from compute.collectives import Rendezvous
@@ -146,6 +147,25 @@ def _listen(host: str, tcp_port: int) -> socket.socket:
         return socket.create_server((host, tcp_port), family=family(host))
     except OSError as exc:
         raise JoinRefused(f"rank 0 cannot listen on {host}:{tcp_port}: {exc}") from exc
+
+
+def own_address(rendezvous: Rendezvous) -> str:
+    """Numeric address of this machine on the way to rank 0; on rank 0 the one it is met at."""
+    host, tcp_port = rendezvous.address
+    if rendezvous.rank == 0:
+        return host
+    with socket.socket(family(host), socket.SOCK_DGRAM) as probe:
+        probe.connect((host, tcp_port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def interface_of(host: str) -> str:
+    """Name of this machine's network interface with an address; empty where it has none."""
+    numeric = host if ":" in host else socket.gethostbyname(host)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == numeric for a in addresses):
+            return name
+    return ""
 
 
 def family(host: str) -> socket.AddressFamily:
