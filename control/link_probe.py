@@ -117,6 +117,7 @@ class LinkProbe(GenServer):
     Args:
         transport: measures a peer.
         hosts: addresses of this machine at which exchanges may be answered.
+        inside: what its own GPUs are linked by; None where there are not several.
         busy: whether this machine has something better to do.
         now_s, random: a clock, and a number from 0 to 1.
     """
@@ -126,6 +127,7 @@ class LinkProbe(GenServer):
         transport: Transport,
         *,
         hosts: Callable[[], Sequence[str]],
+        inside: Callable[[], Link | None] = lambda: None,
         busy: Callable[[], bool],
         now_s: Callable[[], float],
         random: Callable[[], float],
@@ -134,6 +136,8 @@ class LinkProbe(GenServer):
     ) -> None:
         super().__init__()
         self._transport, self._hosts, self._busy = transport, hosts, busy
+        self._inside = inside
+        self._own: Link | None = None
         self._now_s, self._random = now_s, random
         self._pace, self._limits = pace or Pace(), limits or Limits()
         self._peers: set[str] = set()
@@ -149,6 +153,7 @@ class LinkProbe(GenServer):
     async def init(self, me: Process) -> None:
         _, nodes = await gen_server.call(me, _MEMBERSHIP, (Atom("subscribe"), me.pid))
         self._peers = {str(node) for node in nodes}
+        self._own = await asyncio.to_thread(self._inside)
         self._arm(me)
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
@@ -247,6 +252,8 @@ class LinkProbe(GenServer):
         topology = Topology()
         own = str(self.me.node.name)
         topology.add_node(own)
+        if self._own is not None:
+            topology.set_link(own, own, self._own)
         for peer, link in self.book.links.items():
             topology.set_link(own, peer, link)
         return topology.to_term()

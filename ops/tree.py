@@ -46,6 +46,7 @@ from control.election import Election
 from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
+from control.gpu_links import gpu_link
 from control.link_probe import LinkProbe, TcpTransport
 from control.lookup import Lookup, Resolved
 from control.machine import Limits, is_busy, read_machine
@@ -175,6 +176,7 @@ def _link_probe(p: Parts) -> LinkProbe:
     return LinkProbe(
         TcpTransport(),
         hosts=lambda: [address.host for address in p.addresses()],
+        inside=gpu_link if p.machine_limits.gpu is not False else lambda: None,
         busy=is_busy,
         now_s=time.monotonic,
         random=random.random,

@@ -124,10 +124,16 @@ def test_new_peers_come_first_then_those_that_are_due_longest() -> None:
     assert (sorted(book.due_s), sorted(book.links)) == (["a", "c"], ["a"])
 
 
-def probe(node: ClusterNode, clock: list[float], hosts: tuple[str, ...] = (HOST,)) -> LinkProbe:
+def probe(
+    node: ClusterNode,
+    clock: list[float],
+    hosts: tuple[str, ...] = (HOST,),
+    inside: Link | None = None,
+) -> LinkProbe:
     return LinkProbe(
         TcpTransport(QUICK),
         hosts=lambda: hosts,
+        inside=lambda: inside,
         busy=lambda: False,
         now_s=lambda: clock[0],
         random=lambda: 0.5,
@@ -146,12 +152,14 @@ def test_nodes_measure_each_other_and_every_node_tells_all_links() -> None:
         async with cluster_node("here") as here, cluster_node("there") as there:
             await connect(here, there)
             clock = [0.0]
+            bolt = Link(Kind.NVLINK, 3e-6, 1e11)
             probes = {node.name: probe(node, clock) for node in (here, there)}
+            probes[there.name] = probe(there, clock, inside=bolt)
             for node in (here, there):
                 await gen_server.start(node.node, probes[node.name], name=NAME)
             mine = probes[here.name].book
             await wait_until_async(lambda: all(p.book.links for p in probes.values()), 10.0)
-            both = {(here.name, there.name), (there.name, here.name)}
+            both = {(here.name, there.name), (there.name, here.name), (there.name,) * 2}
             assert await links_of(here) == {(here.name, there.name)}
             assert await links_of(here, "topology") == both
             assert await links_of(there, "topology") == both
