@@ -202,6 +202,14 @@ class Shelf:
             os.replace(files, final)
         return final / main
 
+    def whole_instead_of_parts(self, model_id: str) -> None:
+        """Drop the parts of a model that is whole now; who was told their path finds it there."""
+        parts, whole = self.parts(model_id), self.folder(model_id)
+        with contextlib.suppress(OSError):  # else that path is gone, and the next ask gives this
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+            os.symlink(whole.resolve(), parts / "files", target_is_directory=True)
+
     def remove(self, model_id: str) -> bool:
         """Delete what the store holds of a model; False if that was nothing."""
         return self.remove_folder(slug(model_id))

@@ -132,7 +132,10 @@ class OutsideFetch:
                     cancelled=self._cancelled,
                 )
                 shutil.rmtree(files / ".cache", ignore_errors=True)  # the library's notes
-        return self._shelf.publish(self._ref.id, files, describe_source(source))
+        path = self._shelf.publish(self._ref.id, files, describe_source(source))
+        if self._shelf.path_of_parts(self._ref.id) is not None:
+            self._shelf.whole_instead_of_parts(self._ref.id)
+        return path
 
     def _report(self, **changes: int | str) -> None:
         self._now = replace(self._now, **changes)  # type: ignore[arg-type]  # names are checked

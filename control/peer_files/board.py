@@ -53,30 +53,32 @@ class Board:
             for row in rows_of(found, MAX_RUN_CHUNKS)
         ]
 
-    def take(self, peer: str, has: Has) -> Run | None:
+    def take(self, peer: str, has: Has, most: int = MAX_RUN_CHUNKS) -> Run | None:
         """A run for ``peer``; None while there is none for it.
 
-        A run that nobody fetches yet is cut to what the peer has of it.
+        A run that nobody fetches yet is cut to what the peer has of it, and to ``most`` chunks.
         """
         with self._changed:
             able = [e for e in self._open if peer not in e.refused and peer not in e.taken]
             for copies in range(MAX_COPIES):
                 for entry in able:
-                    if len(entry.taken) == copies and (found := self._cut(entry, has)) is not None:
+                    if len(entry.taken) == copies and (found := self._cut(entry, has, most)):
                         found.taken.append(peer)
                         return found.run
             return None
 
-    def _cut(self, entry: _Entry, has: Has) -> _Entry | None:
+    def _cut(self, entry: _Entry, has: Has, most: int) -> _Entry | None:
         """The part of an entry that a peer can give, which is an entry of its own from now on."""
         run = entry.run
         there = rows_of(chunk for chunk in run.chunks if has(run.name, chunk))
         if not there:
             return None
-        if len(there[0]) == run.count:
+        if len(there[0]) == run.count and (entry.taken or run.count <= most):
             return entry
         if entry.taken:
             return None
+        first = there[0]
+        there[:1] = [row for row in (first[:most], first[most:]) if row]
         lacking = sorted(set(run.chunks) - {chunk for row in there for chunk in row})
         at = self._open.index(entry)
         self._open[at : at + 1] = [

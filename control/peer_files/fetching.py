@@ -6,13 +6,15 @@ Blocking; for a thread of its own.
 from __future__ import annotations
 
 import logging
-import os
+import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from control.catalogue import ModelRef, Shelf
 from control.errors import (
@@ -36,6 +38,8 @@ from models.part_note import PART_NOTE
 
 log = logging.getLogger("control.peer_files")
 
+OFFER_S: Final = 70.0
+LATE_S: Final = 2.0  # for the others, once one peer has answered
 Report = Callable[[str, int, int], None]  # phase, bytes so far, bytes in all
 
 
@@ -62,7 +66,7 @@ class PeerFetch:
             started: told of the copy that grows, so that it can be passed on meanwhile.
         """
         self._shelf, self._ref, self._part = shelf, ref, part
-        self._names, self._peers = names, peers
+        self._names, self._peers = tuple(dict.fromkeys(names)), peers
         self._make_room, self._started = make_room, started
         self._report, self._cancelled = report, cancelled
         self._lock = threading.Lock()
@@ -110,22 +114,29 @@ class PeerFetch:
 
     def _offers(self) -> dict[str, Offer]:
         """Of all peers that answer, in the order given. Raises NoSource, DownloadFailed."""
-        answers: dict[str, Offer | ControlError] = {}
+        arrived: queue.Queue[tuple[str, Offer | ControlError]] = queue.Queue()
 
         def ask(name: str) -> None:
             try:
-                answers[name] = self._peers.offer(name)
+                arrived.put((name, self._peers.offer(name)))
             except ControlError as exc:
-                answers[name] = exc
+                arrived.put((name, exc))
 
-        threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in self._names]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for name in self._names:
+            threading.Thread(target=ask, args=(name,), daemon=True).start()
+        answers: dict[str, Offer | ControlError] = {}
+        deadline_s = time.monotonic() + OFFER_S
+        with suppress(queue.Empty):
+            while len(answers) < len(self._names):
+                name, answer = arrived.get(timeout=max(0.0, deadline_s - time.monotonic()))
+                answers[name] = answer
+                if isinstance(answer, Offer):
+                    deadline_s = min(deadline_s, time.monotonic() + LATE_S)
         found = {n: a for n in self._names if isinstance(a := answers.get(n), Offer)}
         if not found:
-            reasons = tuple((f"peer {n}", str(answers.get(n))) for n in self._names)
+            reasons = tuple(
+                (f"peer {n}", str(answers.get(n, "it does not answer"))) for n in self._names
+            )
             raise NoSource(self._ref.id, reasons)
         return found
 
@@ -195,12 +206,10 @@ class PeerFetch:
         folder = path.parent if main else path
         with suppress(OSError):
             (folder / PART_NOTE).unlink(missing_ok=True)
-            # Whoever was told the copy's path finds the same files there.
-            os.symlink(folder.resolve(), copy.files, target_is_directory=True)
-        with suppress(OSError):
             notes = self._shelf.notes(self._ref.id)
             note_about(notes, about_of(path, copy.offer))
             shutil.move(copy.root / "digests", notes / "digests")
+        self._shelf.whole_instead_of_parts(self._ref.id)
         return path
 
     def _check_card(self, copy: PartCopy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -34,6 +35,9 @@ MAX_BAD_RUNS: Final = 3  # from one peer, which is then left alone
 MAX_ATTEMPTS: Final = 5  # connections in a row without one new chunk
 RETRY_S: Final = 0.25
 DIGEST_S: Final = 60.0
+LEAST_RUN_CHUNKS: Final = 4
+QUICK_RUN_S: Final = 0.2
+SLOW_RUN_S: Final = 1.0
 WAIT_S: Final = 0.2
 
 
@@ -59,6 +63,7 @@ class Source:
     Attributes:
         have: chunks of each file that it has; None for all.
         tokens: those that have not been used.
+        run_chunks: how many are asked of it at once: as many as come in a fraction of a second.
         kept: runs it has brought.
         bad_runs: runs with a chunk that was not what its digest says.
         why: why it no longer takes part.
@@ -68,9 +73,17 @@ class Source:
     offer: Offer
     have: Mapping[str, set[int]] | None
     tokens: list[bytes]
+    run_chunks: int = LEAST_RUN_CHUNKS
     kept: int = 0
     bad_runs: int = 0
     why: str = ""
+
+    def pace(self, run: Run, took_s: float) -> None:
+        """A run has come within so many seconds."""
+        if took_s > SLOW_RUN_S:
+            self.run_chunks = max(LEAST_RUN_CHUNKS, run.count // 2)
+        elif took_s < QUICK_RUN_S and run.count >= self.run_chunks:
+            self.run_chunks = min(MAX_RUN_CHUNKS, 2 * self.run_chunks)
 
     def has(self, name: str, chunk: int) -> bool:
         """Whether it can give a chunk of a file."""
@@ -165,14 +178,16 @@ class Pull:
             try:
                 while not self._stop.is_set() and not source.why:
                     while len(ahead) < AHEAD:
-                        run = self._board.take(source.peer, source.has)
+                        run = self._board.take(source.peer, source.has, source.run_chunks)
                         if run is None:
                             break
                         start, stop = self._span(run)
                         ahead.append((run, self._digests(run)))
                         line.ask(self._numbers[run.name], start, stop - start)
                     if ahead:
+                        begin_s = time.monotonic()
                         self._receive(line, source, *ahead[0], buffer)
+                        source.pace(ahead[0][0], time.monotonic() - begin_s)
                         ahead.popleft()
                     elif self._board.is_empty() or self._board.is_hopeless(source.peer, source.has):
                         return

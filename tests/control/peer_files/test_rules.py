@@ -169,6 +169,13 @@ def test_a_run_is_cut_to_what_a_peer_has() -> None:
     assert {run for run in found if run} == {Run("f", 0, 3), Run("f", 6, 4), Run("f", 3, 3)}
 
 
+def test_a_slow_peer_is_asked_for_less() -> None:
+    board = Board({"f": range(10)})
+    assert board.take("a", all_of, 3) == Run("f", 0, 3)
+    assert board.take("b", all_of) == Run("f", 3, 7)
+    assert board.take("b", all_of, 1) == Run("f", 0, 3)  # what is under way is not cut
+
+
 def test_what_is_given_back_is_given_out_again() -> None:
     board = Board({"f": range(4)})
     run = board.take("a", all_of)
