@@ -46,6 +46,7 @@ class Child:
         holder: the rank's process, here or on another machine; None: a spare, or an orphan.
         waiter: From of a lease that waits for the hello; attempt: which port it waits for.
         version: counts changes of holder, so that a time-out meant for an older one does nothing.
+        warm: a spare that was told to import what meeting other machines takes.
         killed: it is ending.
     """
 
@@ -59,6 +60,7 @@ class Child:
     waiter: Term = None
     attempt: int = 1
     version: int = 0
+    warm: bool = False
     killed: bool = False
 
     @property

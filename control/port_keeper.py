@@ -25,6 +25,7 @@ log = logging.getLogger("control.ports")
 ORPHAN_S = 10.0
 KILL_S = 5.0
 TRIM_S = 30.0
+WARM_S = 5.0
 
 
 class StartPort(Protocol):
@@ -82,6 +83,7 @@ class PortKeeper(GenServer):
         self.me.trap_exit = True  # so that terminate runs and no child is left over
         self._adopt_records()
         self._fill_spares()
+        self._later(WARM_S, (Atom("warm_spares"),))
 
     async def handle_info(self, message: Term) -> None:
         match message:
@@ -93,7 +95,9 @@ class PortKeeper(GenServer):
                 self._expire(port_id, version)
             case ("fill_spares",):
                 self._fill_spares()
+            case ("warm_spares",):
                 self._warm_spares()
+                self._later(WARM_S, (Atom("warm_spares"),))
             case ("trim_spares",):
                 self._trim_spares()
             case ("EXIT", _, _):
@@ -141,10 +145,20 @@ class PortKeeper(GenServer):
                 return
 
     def _warm_spares(self) -> None:
-        """Those that were there before the first lease that spans machines."""
-        for child in self._spares() if self.state.spans else []:
-            if child.pid is not None:
+        """Where there are other machines, have spares import what ranks need to meet them.
+
+        It takes seconds and memory, so a machine that is alone does without.
+        """
+        if not (self.state.spans or self._has_peers()):
+            return
+        for child in self._spares():
+            if child.pid is not None and not child.warm:
+                child.warm = True
                 gen_server.cast(self.me, child.pid, Atom("warm_network"))
+
+    def _has_peers(self) -> bool:
+        mine = _host(self.me.node.name)
+        return any(_host(name) != mine for name in self.me.node.nodes())
 
     def _trim_spares(self) -> None:
         """End spares beyond what the instances of now need, the last started first."""
@@ -222,6 +236,10 @@ def _describe(child: Child) -> Term:
         Atom("connected"): child.pid is not None,
         Atom("adopted"): child.os_child is None,
     }
+
+
+def _host(node: str) -> str:
+    return node.partition("@")[2]
 
 
 def _status_text(status: int) -> str:

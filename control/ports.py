@@ -19,8 +19,7 @@ A holder (whoever asks, or the pid given) may be on another machine. Its port is
 machine before the lease is answered: it does not listen itself. A child ends with its holder,
 except where the holder is out of reach (``noconnection``): it may live, or a restarted control
 process may want the weights. Such an orphan is kept for ``orphan_s``, and a lease of the same rank
-and layout gets it, unless it asks for a ``fresh`` one. Once a lease ``spans`` machines, spares
-import what ranks need to meet over a network, which takes seconds, and memory.
+and layout gets it, unless it asks for a ``fresh`` one.
 
 Of two holders that want the same rank of the same instance the newer placement wins: its lease
 kills all children of older ones. One that is not newer is refused as ``held``.
@@ -207,8 +206,8 @@ class Ports(PortKeeper):
         if child.waiter is not None:
             waiter, child.waiter = child.waiter, None
             self._hand_over(child, waiter)
-        elif self.state.spans:
-            gen_server.cast(self.me, pid, Atom("warm_network"))
+        else:
+            self._warm_spares()
         return Atom("welcome")
 
     def _exited(self, child: Child, text: str) -> None:
