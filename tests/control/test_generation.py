@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,5 +137,73 @@ def test_closing_the_iterator_ends_its_process_so_that_the_rank_hears_of_it() ->
         assert not any(p.label == "request r" for p in node.processes())
         assert len(journal) == 0
         await node.stop()
+
+    asyncio.run(main())
+
+
+class FarServer(Server):
+    """On another node, and it outlives its ports: each speaks as long as the next of ``lives``."""
+
+    def __init__(self, lives: list[int]) -> None:
+        super().__init__(0, 1, admits=True)
+        self._lives = lives
+
+    async def handle_call(self, request: Term, from_: Term) -> Term:
+        match request:
+            case ("submit", Ref() as ref, dict(options)):
+                self.life = self._lives.pop(0)
+                if self.life < 0:
+                    return (Atom("error"), Atom("unreachable"), "no way to that machine")
+                speak = partial(self._speak, to=from_[0], ref=ref, options=options)
+                return (Atom("ok"), 1, self.me.spawn(speak))
+            case _:
+                return await super().handle_call(request, from_)
+
+
+class Found(GenServer):
+    """Stands for the scheduler of a machine whose models run on another."""
+
+    def __init__(self, server: Pid) -> None:
+        super().__init__()
+        self._server = server
+
+    async def handle_call(self, request: Term, from_: Term) -> Term:
+        return (Atom("ok"), "m-1", self._server)
+
+
+@pytest.mark.parametrize(
+    ("lives", "limits", "end"),
+    [
+        ([5, 0, 3, 100], LIMITS, undisturbed()),  # the link to a port is lost, the rest lives
+        ([5, -1, -1, 100], LIMITS, undisturbed()),  # and the way back takes time
+        (
+            [-1] * 99,
+            GenerationLimits(route_s=0.1, token_s=5.0),
+            [
+                DoneEvent(
+                    "error",
+                    'no token for 0 s; at last: {error,unreachable,<<"no way to that machine">>}',
+                )
+            ],
+        ),
+    ],
+)
+def test_a_port_of_another_machine_is_watched_besides_its_coordinator(
+    lives: list[int], limits: GenerationLimits, end: list[Any]
+) -> None:
+    async def main() -> None:
+        here, there = Node("here@127.0.0.1", "c"), Node("there@127.0.0.1", "c")
+        for node in (here, there):
+            await node.start(listen=("127.0.0.1", 0), epmd=None)
+        try:
+            assert there.address is not None
+            assert await here.connect("there@127.0.0.1", address=there.address)
+            server = await gen_server.start(there, FarServer(list(lives)))
+            await gen_server.start(here, Found(server), name="scheduler")
+            events = [e async for e in generate(here, Journal(), REQUEST, limits=limits)]
+            assert events == end
+        finally:
+            await here.stop()
+            await there.stop()
 
     asyncio.run(main())
