@@ -111,6 +111,23 @@ def test_two_ports_become_a_mesh_and_the_head_answers(model: Path) -> None:
                             break
                         tokens += message[0] == "token"
                     assert tokens == (4 if expected == "length" else 0)
+
+                # A new owner: what the one before let through is asked for again, if it is.
+                head, old, new = ports.pids[0], me.make_ref(), me.make_ref()
+                ask = {Atom("prompt"): [1, 2, 3], Atom("max_tokens"): 4, Atom("temperature"): 0}
+                with ports.node.open_process(label="owner") as owner:
+                    gen_server.cast(me, head, (Atom("own"), owner.pid))
+                    gen_server.cast(me, head, (Atom("submit"), me.pid, old, ask))
+                    gen_server.cast(me, head, (Atom("own"), me.pid))
+                    gen_server.cast(me, head, (Atom("submit"), me.pid, new, ask))
+                    refs: list[Term] = []
+                    while True:
+                        message = await me.receive(timeout_s=CALL_S)
+                        assert isinstance(message, tuple)
+                        refs.append(message[1])
+                        if message[0] == "done":
+                            break
+                assert set(refs) == {new}
             assert not ports.ended
 
     asyncio.run(scenario())
