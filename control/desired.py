@@ -113,8 +113,9 @@ def desired_of(document: Document) -> Desired:
 def _wanted_of(row: Any) -> Wanted:
     match row:
         case (id_, model, options):
-            found = LoadOptions.from_term(json.loads(text_of(options)))
-            return Wanted(text_of(id_), text_of(model), found)
+            found = json.loads(text_of(options))
+            if isinstance(found, dict):
+                return Wanted(text_of(id_), text_of(model), LoadOptions.from_term(found))
     raise ValueError(f"not a wanted instance: {row!r}")
 
 

@@ -180,7 +180,7 @@ class Scheduler(GenServer):
             case "instances" if not self._leading.complete and not self._elsewhere:
                 return self._routed()
         name = request[0] if isinstance(request, tuple) and request else request
-        if name not in ORDERS | QUESTIONS:
+        if not isinstance(name, str) or name not in ORDERS | QUESTIONS:
             return (_ERROR, Atom("unknown_call"), f"scheduler: {show(request)}")
         if self._leading.complete:
             return _guarded(lambda: self._leading.handle(request, from_))

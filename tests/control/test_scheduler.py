@@ -10,127 +10,43 @@ from typing import Any
 import pytest
 
 from bridge import gen_server
-from bridge.gen_server import NOREPLY, GenServer
-from bridge.node import Node
-from bridge.process import Process
-from bridge.term import Atom, Pid, Term
-from bridge.text import text_of
+from bridge.term import Atom
 from control.books import Books, Record
-from control.desired import Desired, Wanted, read_desired
-from control.errors import UnknownModel
-from control.instance import History
-from control.instance_spec import InstanceSpec, RankSpec
-from control.instances import Terms
-from control.load_options import LoadOptions, MeshShape
-from control.lookup import Lookup, Resolved
-from control.machine import Device, Machine
-from control.placement_request import Defaults
-from control.rank import RankLimits
-from control.reconcile import reconcile
-from control.scheduler import Scheduler
-from models.card import load_cards
-from tests.models.tiny import llama_tensors, write_gguf
+from control.desired import Wanted, read_desired
+from control.load_options import LoadOptions
+from tests.control.lab import CARD, Lab, LabMachine, lab, until
+from tests.control.specs import spec
 
 A = Atom
-MACHINE = Machine(
-    total_bytes=8 * 10**9,
-    available_bytes=8 * 10**9,
-    limit_bytes=4 * 10**9,
-    cores=4,
-    devices=(Device("cpu", "Testchip", 8 * 10**9),),
-)
-CARD = load_cards()["llama-3.2-1b-instruct"]
+N = "n@127.0.0.1"
 
 
-class Store(GenServer):
-    """``model_store``: everything is here; a model named ``slow`` never comes."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    async def handle_call(self, request: Term, from_: Term) -> Term:
-        slow = text_of(request[1]) == "slow"
-        return NOREPLY if slow else (A("ok"), str(self.path))
-
-
-class Groups(GenServer):
-    """``instance_sup``: starts nothing, remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.specs: list[str] = []
-
-    async def handle_call(self, request: Term, from_: Term) -> Term:
-        match request:
-            case "which_children":
-                return []
-            case ("start_child", spec):
-                self.specs.append(str(spec.id))
-                return (A("ok"), self.me.spawn(_wait, label="group"))
-            case _:
-                return A("ok")
-
-
-async def _wait(me: Process) -> None:
-    await me.receive()
-
-
-def run(folder: Path, body: Callable[[Process, Node], Awaitable[None]]) -> None:
-    path = write_gguf(folder / "tiny.gguf", llama_tensors())
-
-    def resolve(ref: str) -> Resolved:
-        if ref == "far":
-            return Resolved(CARD.id, ref, None, CARD)
-        if ref in ("tiny", "slow"):
-            return Resolved(ref, ref, path)
-        if ref == "hf:org/repo":
-            return Resolved(ref, ref, None)
-        raise UnknownModel(ref)
+def run(
+    folder: Path,
+    body: Callable[[LabMachine, Lab], Awaitable[None]],
+    *,
+    leader: str = N,
+    autoload: bool = False,
+    limit_bytes: int = 4 * 10**9,
+) -> None:
+    """One machine."""
 
     async def main() -> None:
-        node = Node("n@127.0.0.1", "c")
-        scheduler = Scheduler(
-            Lookup(resolve=resolve, card_of=lambda name: resolve(name).id),
-            desired_path=folder / "desired.json",
-            terms=Terms(
-                defaults=Defaults(context_tokens=128),
-                limits=RankLimits(),
-                machine=lambda: MACHINE,
-            ),
-            autoload=False,
-        )
-        await gen_server.start(node, Store(path), name="model_store")
-        await gen_server.start(node, GenServer(), name="ports")
-        await gen_server.start(node, Groups(), name="instance_sup")
-        await gen_server.start(node, scheduler, name="scheduler")
-        try:
-            with node.open_process(label="test") as me:
-                await asyncio.wait_for(body(me, node), 20)
-        finally:
-            await node.stop()
+        async with lab(folder, {N: limit_bytes}, leader=leader, autoload=autoload) as made:
+            await asyncio.wait_for(body(made[N], made), 20)
 
     asyncio.run(main())
 
 
-async def ask(me: Process, *request: Any) -> Any:
-    term = tuple(A(request[0]) if n == 0 else part for n, part in enumerate(request))
-    return await gen_server.call(me, A("scheduler"), term, timeout_s=10)
-
-
-async def instances(me: Process) -> list[Any]:
-    found = await gen_server.call(me, A("scheduler"), A("instances"))
-    return [row for _, row in found]
-
-
 def test_a_load_is_placed_before_it_is_answered(tmp_path: Path) -> None:
-    async def body(me: Process, node: Node) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        one.agent.deaf = True
         options = {A("shares"): [2, 1], A("slots"): 2}
-        assert await ask(me, "load", "tiny", options) == (A("ok"), "tiny-1")
-        (row,) = await instances(me)
+        assert await one.ask("load", "tiny", options) == (A("ok"), "tiny-1")
+        (row,) = (await one.rows()).values()
         assert (row["strategy"], row["tensor_size"], row["shares"]) == ("tensor", 2, [2.0, 1.0])
         assert (row["state"], row["context_tokens"], row["slots"]) == ("loading", 128, 2)
-        (wanted,) = read_desired(tmp_path / "desired.json").wanted
+        (wanted,) = read_desired(one.desired_path).wanted
         assert wanted.options == LoadOptions(shares=(2.0, 1.0), slots=2)
 
     run(tmp_path, body)
@@ -148,14 +64,14 @@ def test_a_load_is_placed_before_it_is_answered(tmp_path: Path) -> None:
 def test_a_refused_load_leaves_nothing_behind(
     tmp_path: Path, options: dict[str, Any], kind: str, words: list[str]
 ) -> None:
-    async def body(me: Process, node: Node) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
         given = {A(name): value for name, value in options.items()}
-        answer = await ask(me, "load", "tiny", given)
+        answer = await one.ask("load", "tiny", given)
         assert answer[:2] == (A("error"), A(kind))
         for word in words:
             assert word in answer[2]
-        assert await instances(me) == []
-        assert read_desired(tmp_path / "desired.json").wanted == ()
+        assert await one.rows() == {}
+        assert read_desired(one.desired_path).wanted == ()
 
     run(tmp_path, body)
 
@@ -163,99 +79,128 @@ def test_a_refused_load_leaves_nothing_behind(
 def test_what_is_unloaded_while_it_comes_up_is_gone(tmp_path: Path) -> None:
     """Word of its helper that was under way must not bring it back."""
 
-    async def body(me: Process, node: Node) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
         for message in [
             (A("prepared"), "slow-1", spec("slow-1")),
             (A("failed"), "slow-1", A("x"), "x"),
         ]:
-            load: Term = (A("load"), "slow", {})
-            loading = asyncio.ensure_future(gen_server.node_call(node, A("scheduler"), load))
-            rows: list[Any] = []
-            while not rows:
-                rows = await instances(me)
-            unload: Term = (A("unload"), "slow-1")
-            gone = asyncio.ensure_future(gen_server.node_call(node, A("scheduler"), unload))
+            assert await one.ask("load", "slow", {}) == (A("ok"), "slow-1")
+            gone = asyncio.ensure_future(one.ask("unload", "slow-1"))
             await asyncio.sleep(0)  # it is in the mailbox
-            me.send(A("scheduler"), message)
+            one.tell(message)
             assert await gone == A("ok")
-            assert await instances(me) == []
-            assert (await loading)[:2] == (A("error"), A("unloaded"))
-        assert read_desired(tmp_path / "desired.json").wanted == ()
+            assert await one.rows() == {}
+        assert read_desired(one.desired_path).wanted == ()
+
+    run(tmp_path, body)
+
+
+def test_who_waits_for_a_load_hears_that_it_was_unloaded(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        one.membership.stalls = True
+        loading = asyncio.ensure_future(one.ask("load", "slow", {}))
+        await until(one.rows)
+        assert await one.ask("unload", "slow-1") == A("ok")
+        assert (await loading)[:2] == (A("error"), A("unloaded"))
 
     run(tmp_path, body)
 
 
 def test_place_tells_and_changes_nothing(tmp_path: Path) -> None:
-    async def body(me: Process, node: Node) -> None:
-        ok, here = await ask(me, "place", "tiny", {A("tensor"): 2})
+    async def body(one: LabMachine, made: Lab) -> None:
+        ok, here = await one.ask("place", "tiny", {A("tensor"): 2})
         assert ok == "ok"
-        assert (here["state"], here["assumed"], here["node"]) == ("local", "", "n@127.0.0.1")
+        assert (here["state"], here["assumed"], here["node"]) == ("local", "", N)
         assert [rank["kv_heads"] for rank in here["chosen"]["ranks"]] == [[0, 1], [1, 2]]
         assert {str(one["strategy"]) for one in here["rejected"]} >= {"single", "pipeline"}
 
-        ok, far = await ask(me, "place", "far", {A("context"): 1024})
+        ok, far = await one.ask("place", "far", {A("context"): 1024})
         assert (far["state"], far["assumed"]) == ("remote", "BF16")
         assert far["size_bytes"] == CARD.size_bytes
         assert far["chosen"]["ranks"][0]["weights_bytes"] == pytest.approx(CARD.size_bytes, rel=0.1)
 
-        ok, none = await ask(me, "place", "far", {A("slots"): 1024})
+        ok, none = await one.ask("place", "far", {A("slots"): 1024})
         assert none["chosen"] == A("undefined")
         assert "lends 4.00 GB" in none["why"]
 
-        answer = await ask(me, "place", "hf:org/repo", {})
+        answer = await one.ask("place", "hf:org/repo", {})
         assert answer[:2] == (A("error"), A("not_downloaded"))
-        assert (await ask(me, "place", "nonesuch", {}))[1] == "unknown_model"
-        assert await instances(me) == []
+        assert (await one.ask("place", "nonesuch", {}))[1] == "unknown_model"
+        assert await one.rows() == {}
 
     run(tmp_path, body)
-
-
-def spec(id_: str, num_bytes: int = 0) -> InstanceSpec:
-    rank = RankSpec(
-        node="n@h",
-        path=Path("m.gguf"),
-        device="cpu",
-        pool="memory",
-        threads=1,
-        memory_bytes=num_bytes,
-        limit_bytes=0,
-    )
-    return InstanceSpec(
-        id=id_,
-        model="m",
-        context_tokens=8,
-        num_slots=1,
-        shape=MeshShape.even(2, 1),
-        ranks=(rank, rank),
-    )
 
 
 def test_other_instances_take_memory_of_the_machine() -> None:
     books = Books()
     for id_, state, num_bytes in [("a", "ready", 10), ("b", "failed", 100), ("c", "loading", 1)]:
-        record = Record(id_, "m", Wanted(id_, "m"), state=state, spec=spec(id_, num_bytes))
-        books.add(record)
+        taken = {("n@h", "memory"): num_bytes}
+        books.add(Record(id_, "m", Wanted(id_, "m"), state=state, taken=taken))
     books.add(Record("d", "m", Wanted("d", "m")))
-    assert books.memory_bytes("none") == 22
-    assert books.memory_bytes("a") == 2
+    assert books.used("none") == {("n@h", "memory"): 11}
+    assert books.used("a") == {("n@h", "memory"): 1}
 
 
-def test_an_instance_is_found_by_its_own_name() -> None:
-    books, first, second = Books(), Pid(A("n@h"), 1, 0, 1), Pid(A("n@h"), 2, 0, 1)
-    for id_, pid in (("m-1", first), ("m-2", second)):
-        books.add(Record(id_, "m", Wanted(id_, "ref"), state="ready", coordinator=pid))
-    assert books.route("m").coordinator == first  # type: ignore[union-attr]
-    assert books.route("m-2").coordinator == second  # type: ignore[union-attr]
-    assert [books.target_of(name) for name in ("m-2", "m", "ref", "x")] == ["m-2", "m", "m", None]
+def test_an_instance_is_found_by_its_own_name(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        for n in (1, 2):
+            assert await one.ask("load", "tiny", {}) == (A("ok"), f"tiny-{n}")
+        assert (await one.ask("find", "tiny-2"))[:2] == (A("ok"), "tiny-2")
+        each = [(await one.ask("find", "tiny"))[1] for _ in range(4)]
+        assert sorted(each) == ["tiny-1", "tiny-1", "tiny-2", "tiny-2"]  # in turn
+        assert (await one.ask("find", "nonesuch"))[:2] == (A("error"), A("unknown_model"))
+
+    run(tmp_path, body)
 
 
-def test_reconcile_keeps_what_runs_and_starts_what_is_missing() -> None:
-    desired = Desired().add(Wanted("a", "m")).add(Wanted("b", "m", LoadOptions(tensor=2)))
-    group, history = Pid(A("n@h"), 1, 0, 1), History(epoch=3)
-    kept, missing = reconcile([(spec("a"), group, history), (spec("x"), group, history)], desired)
-    assert [(r.id, r.on_demand, r.state, g) for r, g in kept] == [
-        ("a", False, "recovering", group),
-        ("x", True, "recovering", group),
-    ]
-    assert all(record.history is history for record, _ in kept)
-    assert [(r.id, r.wanted.options.tensor) for r in missing] == [("b", 2)]
+def test_default_is_an_alias_that_is_on_disk(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        assert await one.ask("set_default", "tiny") == A("ok")
+        assert await one.ask("load", "tiny", {}) == (A("ok"), "tiny-1")
+        assert (await one.ask("find", "default"))[1] == "tiny-1"
+        assert await one.ask("replace_default", "slow", "far") == A("ok")  # it is not named
+        assert read_desired(one.desired_path).default == "tiny"
+        assert await one.ask("replace_default", "tiny", "far") == A("ok")
+        assert read_desired(one.desired_path).default == CARD.id
+
+    run(tmp_path, body)
+
+
+def test_a_header_is_brought_for_what_is_routed(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        assert (await one.ask("path", "tiny"))[:2] == (A("error"), A("not_loaded"))
+        await one.ask("load", "tiny", {})
+        await one.ask("find", "tiny")
+        path = str(made.model)
+        assert await one.ask("path", "tiny") == (A("ok"), "tiny", path, 128)
+
+    run(tmp_path, body)
+
+
+def test_nonsense_is_answered(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        requests: list[Any] = [(A("load"),), (A("load"), 5, {}), [1], ({},), {}, 7, b"x"]
+        for request in [*requests, (A("find"), 5)]:
+            dest = A("scheduler")
+            answer: Any = await gen_server.node_call(one.node, dest, request, timeout_s=5)
+            assert answer[0] == "error", request
+
+    run(tmp_path, body)
+
+
+def test_one_machine_that_nobody_leads_says_so(tmp_path: Path) -> None:
+    async def body(one: LabMachine, made: Lab) -> None:
+        load = asyncio.ensure_future(one.ask("load", "tiny", {}))
+        find = asyncio.ensure_future(one.ask("find", "tiny"))
+        assert await one.rows() == {}  # both are waiting by now
+        made.clock.now_s += 14
+        one.tick()
+        assert await one.rows() == {}
+        assert not load.done()
+        assert not find.done()
+        made.clock.now_s += 2
+        one.tick()
+        for answer in (await load, await find):
+            assert answer[:2] == (A("error"), A("no_leader"))
+
+    run(tmp_path, body, leader="")
