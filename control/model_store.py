@@ -185,6 +185,8 @@ class ModelStore:
         if path is not None:
             self.shelf.touch(found.id)
             return path
+        if not found.sources:
+            raise NotAModel(found.id, "it comes from a machine of the cluster, not from outside")
 
         def work(report: OnProgress, cancelled: threading.Event) -> Path:
             pip = self._pip or read_pip_settings()

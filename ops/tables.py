@@ -180,6 +180,7 @@ MODELS: Final = (
     Column("family", get("family")),
     Column("licence", get("license")),
     Column("other names", get("aliases")),
+    Column("on", get("node")),
 )
 
 
