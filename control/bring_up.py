@@ -35,7 +35,7 @@ from control.fleet import Fleet, read_fleet
 from control.instance_spec import InstanceSpec, RankSpec, spec_term
 from control.load_options import LoadOptions
 from control.model_files import Roles
-from control.moves import Tenant, victims
+from control.moves import Tenant, fewest, victims
 from control.names import wait_for_names
 from control.placement_request import Defaults, Request
 from control.placement_types import Candidate, Placement, RankPlace
@@ -206,16 +206,16 @@ async def _make_room(
 ) -> list[str]:
     """The fewest, least needed instances without which it would fit; empty where none will do."""
     known = await asyncio.gather(*(_idle(me, tenant) for tenant in tenants))
-    free, going = dict(used), []
-    for one in victims(list(known), wanted=plan.wanted, priority=plan.options.priority):
-        going.append(one.id)
-        for pool, size in one.bytes.items():
-            free[pool] = max(0, free.get(pool, 0) - size)
-        less = fleet.with_used(free)
-        found = await asyncio.to_thread(_choose, plan, request, less, checkpoint)
-        if found.chosen is not None:
-            return going
-    return []
+
+    def fits(going: Sequence[Tenant]) -> bool:
+        free = dict(used)
+        for one in going:
+            for pool, size in one.bytes.items():
+                free[pool] = max(0, free.get(pool, 0) - size)
+        return _choose(plan, request, fleet.with_used(free), checkpoint).chosen is not None
+
+    may_go = victims(list(known), wanted=plan.wanted, priority=plan.options.priority)
+    return [one.id for one in await asyncio.to_thread(fewest, may_go, fits)]
 
 
 async def _idle(me: Process, tenant: Tenant) -> Tenant:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -100,3 +100,24 @@ def victims(tenants: list[Tenant], *, wanted: bool, priority: int) -> list[Tenan
         or (not one.wanted and one.priority == priority and (wanted or one.idle_s > 0))
     ]
     return sorted(may_go, key=lambda one: (one.wanted, one.priority, -one.idle_s, one.id))
+
+
+def fewest(may_go: Sequence[Tenant], fits: Callable[[Sequence[Tenant]], bool]) -> list[Tenant]:
+    """Who has to go: none of them could stay; empty where not even all of them make room.
+
+    Args:
+        may_go: the first first.
+        fits: whether there is room once these are gone.
+    """
+    going: list[Tenant] = []
+    for one in may_go:
+        going.append(one)
+        if fits(going):
+            break
+    else:
+        return []
+    for one in reversed(going[:-1]):  # without the last there was no room
+        fewer = [other for other in going if other is not one]
+        if fits(fewer):
+            going = fewer
+    return going
