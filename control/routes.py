@@ -69,15 +69,6 @@ class Routes:
                 return route
         return None
 
-    def drop(self, id_: str) -> None:
-        """Nobody is sent there any more."""
-        route = self._routes.pop(id_, None)
-        if route is not None:
-            self._me.demonitor(route.watch)
-
-    def get(self, id_: str) -> Route | None:
-        return self._routes.get(id_)
-
     def target_of(self, name: str) -> str | None:
         """What ``pick`` takes for an instance's or a model's id that is routed."""
         if name in self._routes:
