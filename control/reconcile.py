@@ -59,9 +59,7 @@ def _running(node: str, row: Any) -> Running:
     raise ValueError(f"{node}: not a group: {row!r}"[:300])
 
 
-def reconcile(
-    running: Iterable[Running], desired: Desired, known: Mapping[str, Record]
-) -> Verdict:
+def reconcile(running: Iterable[Running], desired: Desired, known: Mapping[str, Record]) -> Verdict:
     """Compare what was told of with the books.
 
     What runs and is not wanted was brought up by a request, or came with a machine: it goes on
@@ -76,6 +74,8 @@ def reconcile(
     for one in sorted(running, key=lambda r: (r.group is None, -r.epoch, r.node)):
         id_ = one.spec.id
         record = known.get(id_)
+        if record is not None and record.state == "draining":
+            continue  # its end is under way
         if one.group is None:
             if id_ not in best and record is None and id_ in wanted_of:
                 best[id_] = one
@@ -95,8 +95,9 @@ def reconcile(
             one.spec.model,
             wanted_of.get(id_) or Wanted(id_, one.spec.model),
             on_demand=id_ not in wanted_of,
+            ever_ready=True,
         )
-        record.state, record.ever_ready = "recovering", True
+        record.state = "recovering"
         record.epoch, record.spec = max(record.epoch, one.epoch), one.spec
         record.taken = taken_by(one.spec)
         if one.group is None:
