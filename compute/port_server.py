@@ -48,6 +48,7 @@ from compute.engine_thread import EngineThread, Event
 from compute.errors import BadRequest
 from compute.follower import Follower
 from compute.places import Listeners, place_term
+from compute.port_chores import dial, import_engine, import_network
 from compute.requests import LoadOrder, to_submit
 from compute.worker import Token, Worker
 
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("compute.port")
 
 LEAVE_S = 1.0
-DIAL_S = 3.0
-REDIAL_S = 0.2
 CHUNK_TOKENS = 256  # of a step that prefills
 PIPELINE_CHUNK_TOKENS = 64  # shorter, so that all stages soon have one
 
@@ -91,7 +90,7 @@ class PortServer(GenServer):
     async def init(self, me: Process) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
-        self._thread.run(_import_engine)
+        self._thread.run(import_engine)
 
     def describe(self) -> dict[Any, Term]:
         """What the port says of itself when it meets its owner, new or old."""
@@ -112,7 +111,7 @@ class PortServer(GenServer):
             case ("load", dict(options)):
                 return self._load(options, from_)
             case ("dial", Atom() as node):
-                self.me.spawn(partial(_dial, node, from_), link=True, label=f"dial {node}")
+                self.me.spawn(partial(dial, node, from_), link=True, label=f"dial {node}")
                 return NOREPLY
             case "facts":
                 return dict(self.facts)
@@ -135,7 +134,7 @@ class PortServer(GenServer):
                 self.owner = owner
             case "warm_network":
                 if self.order is None:
-                    self._thread.run(_import_network)
+                    self._thread.run(import_network)
             case "stop":
                 raise Stop(Atom("normal"))
             case _:
@@ -347,30 +346,3 @@ class PortServer(GenServer):
 
         traceback.print_exception(error)
         self._end(70)
-
-
-def _import_network() -> None:
-    """What carries sums between machines: the libraries are large."""
-    import compute.collectives_gloo
-    import compute.collectives_host  # noqa: F401
-
-
-async def _dial(node: Atom, from_: Term, me: Process) -> None:
-    """Connect to ``node`` and answer, trying again for ``DIAL_S``."""
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + DIAL_S
-    answer: Term = Atom("ok")
-    while not await me.node.connect(node, timeout_s=max(REDIAL_S, deadline_s - loop.time())):
-        if loop.time() >= deadline_s:
-            text = f"{me.node.name} cannot connect to {node} within {DIAL_S:g} s"
-            answer = (Atom("error"), Atom("unreachable"), text)
-            break
-        await asyncio.sleep(REDIAL_S)
-    gen_server.reply(me, from_, answer)
-
-
-def _import_engine() -> None:
-    """Import the heavy packages while the port waits for orders, so that loading is short."""
-    from compute.engine import warm_up
-
-    warm_up()
