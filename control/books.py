@@ -121,6 +121,15 @@ class Books:
                 total.update(record.taken)
         return dict(total)
 
+    def nodes_of(self, model: str, but: str) -> set[str]:
+        """Machines that run, or will, an instance of ``model`` other than ``but``."""
+        return {
+            node
+            for record in self
+            if record.model == model and record.id != but and record.state != "failed"
+            for node, _ in record.taken
+        }
+
     def tenants(self, but: str) -> list[Tenant]:
         """Every instance but one that runs, as what might make room."""
         return [

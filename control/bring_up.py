@@ -1,12 +1,14 @@
 """What takes long on the way of an instance into being: a process of its own for each.
 
 Files are found or fetched, its place is chosen, every machine gets what its ranks need, and the
-head's machine starts the group. Results go to the scheduler's books as messages:
+head's machine starts the group. Results go to the scheduler's books as ``{worker, Pid, Message}``,
+so that word of one that was ended meanwhile counts for nothing:
 
 ============================================  ================================================
 ``{fetching, Id}``                            files come from outside: it takes its time
-call ``{place_turn, Id}``                     ``{ok, Used, Tenants}``: nobody else places until it
-                                              says ``placed``, ``failed``, ``make_room`` or ends
+call ``{place_turn, Id}``                     ``{ok, Used, Tenants, Avoid}``: nobody else places
+                                              until it says ``placed``, ``failed``, ``make_room``
+                                              or ends; ``Avoid``: machines with the same model
 ``{placed, Id, Taken}``                       bytes that it will take, by node and pool
 ``{prepared, Id, Spec}``                      every machine has its files
 ``{started, Id, Group}``                      its processes are there
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,7 +59,6 @@ class Plan:
     Attributes:
         ref: what the model's files are asked for by.
         first_epoch: epochs that it has had.
-        avoid: machines that run the same model already; taken only where there is no other way.
     """
 
     id: str
@@ -67,7 +68,6 @@ class Plan:
     defaults: Defaults
     wanted: bool = True
     first_epoch: int = 0
-    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,16 @@ class Files:
     paths: dict[str, Path]
 
 
+def tell(me: Process, books: Pid, what: str, *rest: Term) -> None:
+    """Word for the books, which look whether this is still who works on it."""
+    me.send(books, (Atom("worker"), me.pid, (Atom(what), *rest)))
+
+
 async def bring_up(me: Process, plan: Plan, books: Pid) -> None:
     """Fetch, choose, distribute, start; tells ``books``, see above."""
 
     def failed(kind: str, text: str) -> None:
-        me.send(books, (Atom("failed"), plan.id, Atom(kind), text))
+        tell(me, books, "failed", plan.id, Atom(kind), text)
 
     await wait_for_names(me, ("model_store", "membership", "election"))
     try:
@@ -96,18 +101,18 @@ async def bring_up(me: Process, plan: Plan, books: Pid) -> None:
         header = await _header(me, plan.ref, files)
         checkpoint = await asyncio.to_thread(open_checkpoint, header)
         turn: Term = (Atom("place_turn"), plan.id)
-        _, used, tenants = await gen_server.call(me, books, turn, timeout_s=TURN_S)
+        _, used, tenants, avoid = await gen_server.call(me, books, turn, timeout_s=TURN_S)
         fleet = (await read_fleet(me)).with_used(used).with_files(files.sources)
         request = Request.of(plan.model, plan.options, checkpoint.spec, plan.defaults)
-        placement = await asyncio.to_thread(_choose, plan, request, fleet, checkpoint)
+        placement = await asyncio.to_thread(_choose, plan, request, fleet, checkpoint, avoid)
         if placement.chosen is None:
             going = await _make_room(me, plan, request, fleet, checkpoint, used, tenants)
             if going:
-                me.send(books, (Atom("make_room"), plan.id, going))
+                tell(me, books, "make_room", plan.id, going)
                 return
             assert placement.refusal is not None
             raise placement.refusal
-        me.send(books, (Atom("placed"), plan.id, _taken(placement.chosen)))
+        tell(me, books, "placed", plan.id, _taken(placement.chosen))
         spec = await _distribute(me, plan, fleet, placement, checkpoint, files)
     except (ModelError, ControlError) as exc:
         failed(exc.kind, str(exc))
@@ -115,7 +120,7 @@ async def bring_up(me: Process, plan: Plan, books: Pid) -> None:
     except gen_server.CallError as exc:
         failed("internal_error", str(exc))
         return
-    me.send(books, (Atom("prepared"), plan.id, spec))
+    tell(me, books, "prepared", plan.id, spec)
     await start(me, spec, books)
 
 
@@ -123,7 +128,7 @@ async def start(me: Process, spec: InstanceSpec, books: Pid) -> None:
     """Have the head's machine start the group, while this node may place."""
 
     def failed(kind: str, text: str) -> None:
-        me.send(books, (Atom("failed"), spec.id, Atom(kind), text))
+        tell(me, books, "failed", spec.id, Atom(kind), text)
 
     try:
         right = await gen_server.call(me, Atom("election"), Atom("authority"), timeout_s=ASK_S)
@@ -143,7 +148,7 @@ async def start(me: Process, spec: InstanceSpec, books: Pid) -> None:
         return
     match answer:
         case ("ok", Pid() as group):
-            me.send(books, (Atom("started"), spec.id, group))
+            tell(me, books, "started", spec.id, group)
         case ("error", kind, text):
             failed(str(kind), text_of(text))
         case other:
@@ -167,7 +172,7 @@ async def _find_files(me: Process, plan: Plan, fleet: Fleet, books: Pid) -> File
     sources = model_files.best_sources(located, roles, here(me))
     paths = {name: path for name in sources if (path := located[name].path) is not None}
     if not sources:
-        me.send(books, (Atom("fetching"), plan.id))
+        tell(me, books, "fetching", plan.id)
         fetcher = model_files.best_fetcher(roles, here(me))
         paths = {fetcher: await model_files.fetch(me.node, fetcher, plan.ref)}
         sources = [fetcher]
@@ -181,14 +186,24 @@ async def _header(me: Process, ref: str, files: Files) -> Path:
     return await model_files.bring(me.node, here(me), ref, files.sources, Atom("header"))
 
 
-def _choose(plan: Plan, request: Request, fleet: Fleet, checkpoint: Checkpoint) -> Placement:
-    """Place it, replicas apart where that can be. Raises BadOption, ModelError."""
+def _choose(
+    plan: Plan,
+    request: Request,
+    fleet: Fleet,
+    checkpoint: Checkpoint,
+    avoid: Collection[str] = (),
+) -> Placement:
+    """Place it, replicas apart where that can be. Raises BadOption, ModelError.
+
+    Args:
+        avoid: taken only where there is no other way.
+    """
 
     def on(machines: Fleet) -> Placement:
         return choose(request, machines, checkpoint.spec, checkpoint, goal=plan.options.goal)
 
-    apart = fleet.without(plan.avoid) if plan.avoid else fleet
-    if plan.avoid and apart.computing:
+    apart = fleet.without(avoid) if avoid else fleet
+    if avoid and apart.computing:
         found = on(apart)
         if found.chosen is not None:
             return found

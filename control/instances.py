@@ -92,7 +92,6 @@ class Instances:
             defaults=self._defaults,
             wanted=not record.on_demand,
             first_epoch=record.epoch,
-            avoid=frozenset(self._nodes_of(record.model, but=record.id)),
         )
 
         async def work(me: Process) -> None:
@@ -121,23 +120,27 @@ class Instances:
                 return ref
             raise
 
-    def _nodes_of(self, model: str, but: str) -> Iterable[str]:
-        for record in self._books:
-            if record.model == model and record.id != but and record.spec is not None:
-                yield from record.spec.nodes
-
     def on_fetching(self, id_: str) -> None:
         """Files come from outside: whoever asked need not wait for that."""
         if record := self._books.get(id_):
             self._change(record, "pulling")
             self._answer_load(record, (Atom("ok"), id_))
 
+    def works(self, worker: Pid, id_: str) -> bool:
+        """Whether ``worker`` is who works on ``id_`` now; another was ended a moment ago."""
+        record = self._books.get(id_)
+        return record is not None and record.worker == worker
+
     def place_turn(self, id_: str, from_: Term) -> Term:
         """Ask for what is taken, as the only one that places."""
+        if not self.works(from_[0], id_):  # it would hold the turn for ever
+            return (Atom("error"), Atom("not_its_worker"), f"another process brings up {id_}")
         return self.turns.ask(id_, from_, self._turn)
 
     def _turn(self, id_: str) -> Term:
-        return (Atom("ok"), self._books.used(but=id_), self._books.tenants(but=id_))
+        record = self._books.get(id_)
+        avoid = sorted(self._books.nodes_of(record.model, but=id_)) if record else []
+        return (Atom("ok"), self._books.used(but=id_), self._books.tenants(but=id_), avoid)
 
     def on_placed(self, id_: str, taken: dict[tuple[str, str], int]) -> None:
         """Its place is chosen: others find that much less."""
@@ -502,4 +505,3 @@ class Instances:
         if record.group is not None:
             self._me.demonitor(record.group)
             record.group = None
-

@@ -206,18 +206,9 @@ class Leading:
         """Word of a helper; False where it is something else."""
         instances = self.instances
         match message:
-            case ("fetching", str(id_)):
-                instances.on_fetching(id_)
-            case ("placed", str(id_), dict(taken)):
-                instances.on_placed(id_, taken)
-            case ("prepared", str(id_), InstanceSpec() as spec):
-                instances.on_prepared(id_, spec)
-            case ("started", str(id_), Pid() as group):
-                instances.on_started(id_, group)
-            case ("failed", str(id_), kind, text):
-                instances.on_failed(id_, str(kind), text_of(text))
-            case ("make_room", str(id_), list(others)):
-                instances.on_make_room(id_, others)
+            case ("worker", Pid() as worker, (str(), str(id_), *_) as word):
+                if instances.works(worker, id_):
+                    self._hear_worker(word)
             case ("group_down", str(id_), known, reason):
                 instances.on_group_judged(id_, known, reason)
             case ("stopped", str(id_)):
@@ -244,6 +235,22 @@ class Leading:
             case _:
                 return False
         return True
+
+    def _hear_worker(self, word: Term) -> None:
+        instances = self.instances
+        match word:
+            case ("fetching", str(id_)):
+                instances.on_fetching(id_)
+            case ("placed", str(id_), dict(taken)):
+                instances.on_placed(id_, taken)
+            case ("prepared", str(id_), InstanceSpec() as spec):
+                instances.on_prepared(id_, spec)
+            case ("started", str(id_), Pid() as group):
+                instances.on_started(id_, group)
+            case ("failed", str(id_), kind, text):
+                instances.on_failed(id_, str(kind), text_of(text))
+            case ("make_room", str(id_), list(others)):
+                instances.on_make_room(id_, others)
 
     def on_down(self, monitor: Ref, reason: Term) -> None:
         """A monitor that is no route's."""

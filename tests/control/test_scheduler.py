@@ -88,6 +88,10 @@ def test_what_is_unloaded_while_it_comes_up_is_gone(tmp_path: Path) -> None:
             gone = asyncio.ensure_future(one.ask("unload", "slow-1"))
             await asyncio.sleep(0)  # it is in the mailbox
             one.tell(message)
+            with one.node.open_process(label="ended") as worker:
+                worker.send(A("scheduler"), (A("worker"), worker.pid, message))
+                turn = gen_server.call(worker, A("scheduler"), (A("place_turn"), "slow-1"))
+                assert (await turn)[0] == "error"
             assert await gone == A("ok")
             assert await one.rows() == {}
         assert read_desired(one.desired_path).wanted == ()
