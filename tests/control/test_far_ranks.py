@@ -229,7 +229,7 @@ def test_ranks_of_two_machines_give_the_tokens_of_one_and_survive_kills(
         tensor = lab.spec(model, MeshShape.even(2, 1), both, first_epoch=1)
         await lab.start(tensor)
         server = (await lab.ready(2)).coordinator
-        assert await lab.tokens(server, [], LONG) == alone
+        assert await lab.tokens(server, [], 60) == alone[:60]
         described = await gen_server.call(lab.me, server, A("describe"))
         assert [rank["node"] for rank in described["ranks"]] == both
 
@@ -248,7 +248,7 @@ def test_ranks_of_two_machines_give_the_tokens_of_one_and_survive_kills(
         await lab.start(pipeline)
         server = (await lab.ready(4)).coordinator
         assert server.node == lab.far.name
-        assert await lab.tokens(server, [], LONG) == alone
+        assert await lab.tokens(server, [], 60) == alone[:60]
         await lab.stop(pipeline)
 
     run(tmp_path, body)
