@@ -25,7 +25,7 @@ from control.outside_fetch import OutsideFetch
 from control.peer_files.fetching import PeerFetch
 from control.peer_files.part import Part
 from control.peer_files.part_copy import PartCopy
-from control.peer_files.pull import Peers
+from control.peer_files.source import Peers
 from control.pip_settings import PipSettings, read_pip_settings
 from control.store_jobs import Jobs, OnProgress, Progress
 from control.store_lock import locked
@@ -206,14 +206,16 @@ class ModelStore:
         names: Sequence[str],
         peers: Peers,
         *,
+        begin: float = 0.0,
         started: Callable[[PartCopy], None],
         on_progress: OnProgress | None = None,
     ) -> Path:
-        """The same, from the machines ``names`` and no other place; ``part`` of it is enough.
+        """The same, from machines of the cluster and no other place; ``part`` of it is enough.
 
         Args:
-            names: nodes, best first.
+            names: nodes to begin with, best first.
             peers: how to ask them.
+            begin: see ``peer_files.board.Board``.
             started: told, in a thread, of the copy that grows.
 
         Raises:
@@ -252,6 +254,7 @@ class ModelStore:
                         part,
                         names,
                         peers,
+                        begin=begin,
                         make_room=partial(self.make_room, ref.id),
                         started=started,
                         report=tell,

@@ -17,8 +17,9 @@ call                        reply
                             ``done`` for a model that is here; ``{error, Kind, Text}`` of the last
                             failure, or ``not_pulling``
 ``{ensure, Ref}``           ``{ok, Path}`` once it is here, from outside, or ``{error, Kind, Text}``
-``{ensure, Ref, Options}``  the same from the nodes ``from => [Node]``, best first, and nowhere
-                            else; ``part`` is what is needed of it, see ``peer_files.part``
+``{ensure, Ref, Options}``  the same from the nodes ``from => [Node]``, best first, and others of
+                            the cluster that have some of it, never from outside; ``part`` is what
+                            is needed of it, see ``peer_files.part``
 ``{remove, Ref}``           ``ok`` or ``{error, Kind, Text}``
 ``{offer, Ref, Tokens}``    ``{ok, Offer}``, see ``peer_files.offer``
 ``{digests, Ref, File,      ``{ok, Digests}``: 32 bytes for each of the chunks
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -167,6 +169,7 @@ class ModelStoreServer(GenServer):
                 part,
                 others,
                 NodePeers(self.me.node, ref.id),
+                begin=zlib.crc32(self.me.node.name.encode()) / 2**32,
                 started=started,
                 on_progress=note,
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import random
+from collections.abc import Collection, Coroutine, Sequence
+from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -22,11 +24,14 @@ NAME: Final = "model_store"
 OFFER_S: Final = 60.0  # headers of a model that nobody has opened yet
 DIGEST_S: Final = 60.0
 LOCATE_S: Final = 2.0
+LOOK_S: Final = 5.0
+MAX_ASKED: Final = 8
+SLACK_S: Final = 5.0
 TOKENS: Final = 2
 
 
 class NodePeers:
-    """``pull.Peers`` of one model."""
+    """``source.Peers`` of one model."""
 
     def __init__(self, node: Node, ref: str) -> None:
         """On the event loop. ``ref``: how peers know the model."""
@@ -35,7 +40,7 @@ class NodePeers:
 
     def offer(self, peer: str) -> Offer:
         """See ``Peers``; doors come best first."""
-        answer = self._run(self._call(peer, (Atom("offer"), self._ref, TOKENS), OFFER_S)).result()
+        answer = self._wait(self._call(peer, (Atom("offer"), self._ref, TOKENS), OFFER_S), OFFER_S)
         try:
             offer = offer_of(answer)
         except ValueError as exc:
@@ -51,6 +56,25 @@ class NodePeers:
             doors=tuple((door.host, door.port) for door in doors),
             tokens=offer.tokens,
         )
+
+    def look(self, peer: str) -> Offer:
+        """See ``Peers``."""
+        answer = self._wait(self._call(peer, (Atom("offer"), self._ref, 0), LOOK_S), LOOK_S)
+        try:
+            return offer_of(answer)
+        except ValueError as exc:
+            raise DownloadFailed(self._ref, f"{peer} answers with {exc}") from exc
+
+    def fellows(self, known: Collection[str]) -> Sequence[str]:
+        """See ``Peers``; a few nodes are asked, others each time."""
+        here = {str(self._node.name), *known}
+        others = [str(name) for name in self._node.nodes() if str(name) not in here]
+        some = random.sample(others, min(MAX_ASKED, len(others)))
+        try:
+            found = self._wait(who_has(self._node, self._ref, some), LOCATE_S)
+        except DownloadFailed:
+            return []
+        return [name for name, _, _ in found]
 
     def digests(self, peers: Sequence[str], run: Run) -> Future[bytes]:
         """See ``Peers``."""
@@ -84,6 +108,13 @@ class NodePeers:
                 raise DownloadFailed(self._ref, text_of(text))
             case _:
                 raise DownloadFailed(self._ref, f"{peer} does not know how to share files")
+
+    def _wait(self, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+        """Its result, in a thread. Raises DownloadFailed, its own included."""
+        try:
+            return self._run(work).result(timeout_s + SLACK_S)
+        except (TimeoutError, FutureCancelled) as exc:
+            raise DownloadFailed(self._ref, "this node is stopping, or far too busy") from exc
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         try:

@@ -1,13 +1,14 @@
 """Which chunks are still to come, and who fetches which next. One lock, no I/O.
 
 Work is given out in *runs*, some chunks in a row of one file. A run that a peer could not give is
-never given to that peer again; once nothing else is left, runs under way are given out a second
-time, so that one slow peer does not hold up the end.
+never given to that peer again; once nothing else is left, runs that have been under way for long
+are given out a second time, so that one slow peer does not hold up the end.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 from control.peer_files.chunks import MAX_RUN_CHUNKS, rows_of
 
 MAX_COPIES: Final = 2  # of one run under way
+LONG_S: Final = 2.0  # under way, for another copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +41,33 @@ class _Entry:
     run: Run
     taken: list[str] = field(default_factory=list)  # by whom, now
     refused: set[str] = field(default_factory=set)  # who cannot give it
+    taken_s: float = 0.0  # when it was last given out
 
 
 class Board:
     """Shared by the threads that fetch."""
 
-    def __init__(self, missing: Mapping[str, Sequence[int]]) -> None:
-        """``missing``: chunks of each file."""
-        self._changed = threading.Condition()
-        self._open = [
+    def __init__(
+        self,
+        missing: Mapping[str, Sequence[int]],
+        *,
+        begin: float = 0.0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            missing: chunks of each file.
+            begin: where in it to begin, from 0 to 1: machines that fetch the same at a time begin
+                at different places, so that they can give to each other.
+        """
+        self._changed, self._now_s = threading.Condition(), now_s
+        runs = [
             _Entry(Run(name, row.start, len(row)))
             for name, found in missing.items()
             for row in rows_of(found, MAX_RUN_CHUNKS)
         ]
+        first = int(begin * len(runs))
+        self._open = runs[first:] + runs[:first]
 
     def take(self, peer: str, has: Has, most: int = MAX_RUN_CHUNKS) -> Run | None:
         """A run for ``peer``; None while there is none for it.
@@ -60,10 +76,14 @@ class Board:
         """
         with self._changed:
             able = [e for e in self._open if peer not in e.refused and peer not in e.taken]
+            now_s = self._now_s()
             for copies in range(MAX_COPIES):
                 for entry in able:
+                    if copies and now_s - entry.taken_s < LONG_S:
+                        continue
                     if len(entry.taken) == copies and (found := self._cut(entry, has, most)):
                         found.taken.append(peer)
+                        found.taken_s = now_s
                         return found.run
             return None
 

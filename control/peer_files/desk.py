@@ -55,11 +55,16 @@ class Desk:
             self._shared.pop(copy.offer.id, None)
 
     async def offer(self, ref: ModelRef, num_tokens: int) -> Term:
-        """``{ok, Offer}``. Raises NotAModel, NotReady, StoreUnusable."""
+        """``{ok, Offer}``; the door opens if tokens are wanted.
+
+        Raises:
+            NotAModel, NotReady, StoreUnusable.
+        """
         shared = await asyncio.to_thread(self._look, ref)
-        count = min(max(num_tokens, 1), MAX_TOKENS)
+        if num_tokens <= 0:
+            return (Atom("ok"), offer_term(replace(shared.offer, id=ref.id)))
         try:
-            doors, tokens = self._door.admit(shared, count)
+            doors, tokens = self._door.admit(shared, min(num_tokens, MAX_TOKENS))
         except OSError as exc:
             raise StoreUnusable("the file door", str(exc)) from exc
         offer = replace(shared.offer, id=ref.id, doors=doors, tokens=tokens)

@@ -28,8 +28,9 @@ from control.peer_files import chunks
 from control.peer_files.offer import FileRanges, Offer
 from control.peer_files.part import Part
 from control.peer_files.part_copy import PartCopy
-from control.peer_files.pull import Peers, Pull, Source
+from control.peer_files.pull import Pull
 from control.peer_files.serving import about_of, note_about
+from control.peer_files.source import Peers, Source, source_of
 from models.card import PackageSource
 from models.checkpoint import open_checkpoint
 from models.errors import ModelError
@@ -54,6 +55,7 @@ class PeerFetch:
         names: Sequence[str],
         peers: Peers,
         *,
+        begin: float,
         make_room: Callable[[int], None],
         started: Callable[[PartCopy], None],
         report: Report,
@@ -62,12 +64,13 @@ class PeerFetch:
         """
         Args:
             names: nodes to fetch from, best first.
+            begin: see ``board.Board``.
             make_room: called with the bytes that will come, before the first does.
             started: told of the copy that grows, so that it can be passed on meanwhile.
         """
         self._shelf, self._ref, self._part = shelf, ref, part
         self._names, self._peers = tuple(dict.fromkeys(names)), peers
-        self._make_room, self._started = make_room, started
+        self._begin, self._make_room, self._started = begin, make_room, started
         self._report, self._cancelled = report, cancelled
         self._lock = threading.Lock()
 
@@ -93,9 +96,7 @@ class PeerFetch:
             copy = PartCopy.created(root, replace(first, id=self._ref.id))
         self._started(copy)
         sources = [
-            Source(name, offer, _chunks_of(offer), list(offer.tokens))
-            for name, offer in offers.items()
-            if offer.is_same_model(first)
+            source_of(name, offer) for name, offer in offers.items() if offer.is_same_model(first)
         ]
         for other in offers.keys() - {source.peer for source in sources}:
             log.warning("%s has another model under the name %s", other, self._ref.id)
@@ -187,7 +188,13 @@ class PeerFetch:
                 self._report("downloading", done, total)
 
         pull = Pull(
-            copy, missing, sources, self._peers, on_bytes=on_bytes, cancelled=self._cancelled
+            copy,
+            missing,
+            sources,
+            self._peers,
+            begin=self._begin,
+            on_bytes=on_bytes,
+            cancelled=self._cancelled,
         )
         try:
             pull.run()
@@ -222,13 +229,6 @@ class PeerFetch:
                     with disk_errors(copy.root):
                         shutil.rmtree(copy.root, ignore_errors=True)
                     raise
-
-
-def _chunks_of(offer: Offer) -> Mapping[str, set[int]] | None:
-    if offer.have is None:
-        return None
-    sizes = dict(offer.files)
-    return {name: chunks.covered(ranges, sizes[name]) for name, ranges in offer.have.items()}
 
 
 def _size(found: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> int:

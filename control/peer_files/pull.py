@@ -7,11 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Final, Protocol
+from contextlib import suppress
+from typing import Final
 
-from control.errors import ChecksumMismatch, DownloadFailed
+from control.errors import ChecksumMismatch, ControlError, DownloadFailed
 from control.fetch import Cancelled, disk_errors
 from control.peer_files.board import Board, Run
 from control.peer_files.chunks import (
@@ -23,8 +24,8 @@ from control.peer_files.chunks import (
     span,
 )
 from control.peer_files.line import Line, LineLost
-from control.peer_files.offer import Offer
 from control.peer_files.part_copy import PartCopy
+from control.peer_files.source import Peers, Source, chunks_of, source_of
 
 log = logging.getLogger("control.peer_files")
 
@@ -33,65 +34,19 @@ MAX_LINES: Final = 8
 AHEAD: Final = 2  # requests on their way in one line
 MAX_BAD_RUNS: Final = 3  # from one peer, which is then left alone
 MAX_ATTEMPTS: Final = 5  # connections in a row without one new chunk
+LOOK_S: Final = 1.0  # between two looks at who has what
+GRACE_S: Final = 1.5  # with nothing to do, before it is given up where peers fetch themselves
 RETRY_S: Final = 0.25
 DIGEST_S: Final = 60.0
-LEAST_RUN_CHUNKS: Final = 4
-QUICK_RUN_S: Final = 0.2
-SLOW_RUN_S: Final = 1.0
 WAIT_S: Final = 0.2
 
 
-class Peers(Protocol):
-    """What a pull asks of peers over their nodes' connection. Called by any thread."""
-
-    def offer(self, peer: str) -> Offer:
-        """A fresh offer, with a token. Raises ControlError."""
-        ...
-
-    def digests(self, peers: Sequence[str], run: Run) -> Future[bytes]:
-        """Digests of a run's chunks from the first of ``peers`` that gives them.
-
-        The future raises ControlError.
-        """
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """One peer that takes part.
-
-    Attributes:
-        have: chunks of each file that it has; None for all.
-        tokens: those that have not been used.
-        run_chunks: how many are asked of it at once: as many as come in a fraction of a second.
-        kept: runs it has brought.
-        bad_runs: runs with a chunk that was not what its digest says.
-        why: why it no longer takes part.
-    """
-
-    peer: str
-    offer: Offer
-    have: Mapping[str, set[int]] | None
-    tokens: list[bytes]
-    run_chunks: int = LEAST_RUN_CHUNKS
-    kept: int = 0
-    bad_runs: int = 0
-    why: str = ""
-
-    def pace(self, run: Run, took_s: float) -> None:
-        """A run has come within so many seconds."""
-        if took_s > SLOW_RUN_S:
-            self.run_chunks = max(LEAST_RUN_CHUNKS, run.count // 2)
-        elif took_s < QUICK_RUN_S and run.count >= self.run_chunks:
-            self.run_chunks = min(MAX_RUN_CHUNKS, 2 * self.run_chunks)
-
-    def has(self, name: str, chunk: int) -> bool:
-        """Whether it can give a chunk of a file."""
-        return self.have is None or chunk in self.have.get(name, ())
-
-
 class Pull:
-    """One go at everything that is missing."""
+    """One go at everything that is missing.
+
+    Nodes that have a part of it give that too, and more as they get it: a model that several
+    machines fetch at a time goes over the link of the first about once.
+    """
 
     def __init__(
         self,
@@ -100,13 +55,19 @@ class Pull:
         sources: Sequence[Source],
         peers: Peers,
         *,
+        begin: float,
         on_bytes: Callable[[int], None],
         cancelled: threading.Event,
     ) -> None:
-        """``on_bytes`` is told of every run's bytes once they are kept, by any thread."""
-        self._copy, self._sources, self._peers = copy, sources[:MAX_LINES], peers
+        """
+        Args:
+            begin: see ``Board``.
+            on_bytes: told of every run's bytes once they are kept, by any thread.
+        """
+        self._copy, self._sources, self._peers = copy, list(sources[:MAX_LINES]), peers
         self._on_bytes, self._cancelled = on_bytes, cancelled
-        self._board = Board(missing)
+        self._board = Board(missing, begin=begin)
+        self._threads: list[threading.Thread] = []
         self._numbers = {name: n for n, (name, _) in enumerate(copy.offer.files)}
         self._lock = threading.Lock()
         self._failure: Exception | None = None
@@ -121,19 +82,16 @@ class Pull:
             DiskFull, StoreUnusable, Cancelled.
         """
         lines = max(1, min(LINES_A_PEER, MAX_LINES // len(self._sources)))
-        threads = [
-            threading.Thread(
-                target=self._run_line, args=(source,), name=f"from {source.peer}", daemon=True
-            )
-            for source in self._sources
-            for _ in range(lines)
-        ]
-        for thread in threads:
-            thread.start()
-        while not self._board.is_empty() and any(thread.is_alive() for thread in threads):
+        for source in self._sources:
+            self._open_lines(source, lines)
+        threading.Thread(target=self._look_around, name="looks for peers", daemon=True).start()
+        busy_s = time.monotonic()
+        while not self._board.is_empty() and time.monotonic() - busy_s <= self._grace_s():
             if self._cancelled.is_set() or self._failure is not None:
                 break
             self._board.wait(WAIT_S)
+            if self._num_busy():
+                busy_s = time.monotonic()
         self._stop.set()
         self._board.wake()
         if self._board.is_empty():
@@ -149,14 +107,63 @@ class Pull:
         advice = "What came is kept: try again once they are back"
         raise DownloadFailed(self._copy.offer.id, reasons, advice)
 
+    def _open_lines(self, source: Source, count: int) -> None:
+        for _ in range(count):
+            thread = threading.Thread(
+                target=self._run_line, args=(source,), name=f"from {source.peer}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def _num_busy(self) -> int:
+        alive = sum(thread.is_alive() for thread in self._threads)
+        return alive - sum(source.idle for source in self._sources)
+
+    def _grace_s(self) -> float:
+        growing = any(source.have is not None and not source.why for source in self._sources)
+        return GRACE_S if growing else WAIT_S
+
+    def _look_around(self) -> None:
+        """Again and again: what peers that fetch have got meanwhile, and who else does."""
+        while not self._stop.wait(LOOK_S):
+            for source in list(self._sources):
+                if source.have is not None and not source.why:
+                    with suppress(ControlError):
+                        offer = self._peers.look(source.peer)
+                        if offer.is_same_model(self._copy.offer):
+                            source.have = chunks_of(offer)
+            for peer in self._peers.fellows([source.peer for source in self._sources]):
+                if len(self._threads) >= MAX_LINES or self._stop.is_set():
+                    break
+                with suppress(ControlError):
+                    offer = self._peers.offer(peer)
+                    if offer.is_same_model(self._copy.offer):
+                        source = source_of(peer, offer)
+                        self._sources.append(source)
+                        self._open_lines(source, 1)
+            self._board.wake()
+
+    def _rest(self, source: Source) -> None:
+        """Nothing is left that this peer can give; it may get more."""
+        with self._lock:
+            source.idle += 1
+        while not self._stop.is_set() and self._board.is_hopeless(source.peer, source.has):
+            if source.why:
+                break
+            self._board.wait(WAIT_S)
+        with self._lock:
+            source.idle -= 1
+
     def _run_line(self, source: Source) -> None:
         """One connection after another, until there is no more to do for it."""
         attempts = 0
         while not self._stop.is_set() and not source.why:
             before = source.kept
             try:
-                self._fetch_some(source)
-                break
+                if self._board.is_hopeless(source.peer, source.has):
+                    self._rest(source)
+                else:
+                    self._fetch_some(source)
             except (LineLost, DownloadFailed) as exc:
                 attempts = 1 if source.kept > before else attempts + 1
                 log.info("a transfer from %s broke off: %s", source.peer, exc)
@@ -210,7 +217,7 @@ class Pull:
             found.append(digest_of(part))
         try:
             expected = promised.result(DIGEST_S)
-        except TimeoutError as exc:
+        except (TimeoutError, FutureCancelled) as exc:  # cancelled: this node is stopping
             raise LineLost(f"no digests within {DIGEST_S:.0f} s") from exc
         bad = [
             run.first + n

@@ -62,6 +62,10 @@ def size_of(file: Path) -> int:
     return file.stat().st_size
 
 
+def changed(path: str) -> int:
+    return Path(path).stat().st_mtime_ns
+
+
 def read(file: Path) -> bytes:
     return file.read_bytes()
 
@@ -150,24 +154,50 @@ def test_a_header_then_a_shard_then_all_of_it(file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_peers_with_different_parts_make_a_whole_together(file: Path, tmp_path: Path) -> None:
-    """Which also is how a transfer goes on that broke off: what is here is not asked for again."""
-
     async def body(a: StoreNode, b: StoreNode, c: StoreNode, d: StoreNode) -> None:
         give(a, REF, file)
         assert (await b.ensure(REF, a, part=shard(0, pipeline=2)))[0] == "ok"
         assert (await c.ensure(REF, a, part=shard(1, pipeline=2)))[0] == "ok"
+        assert await a.ask("remove", REF) == "ok"
+        ok, path = await d.ensure(REF, b)  # it finds out about c by itself
+        assert ok == "ok"
+        assert same(path, file)
+
+    with_nodes(tmp_path, "a b c d", body)
+
+
+@pytest.mark.slow
+def test_what_is_here_is_not_fetched_again(file: Path, tmp_path: Path) -> None:
+    async def body(a: StoreNode, b: StoreNode, d: StoreNode) -> None:
+        give(a, REF, file)
+        assert (await b.ensure(REF, a, part=shard(0, pipeline=2)))[0] == "ok"
+        a.node.disconnect(d.name)
+        assert await a.ask("remove", REF) == "ok"
         error, kind, text = await d.ensure(REF, b)
         assert (error, kind) == ("error", "download_failed")
         assert "b@127.0.0.1: has no more of it" in text
-        kept = (await located(d))["here_bytes"]
-        assert kept == (await located(b))["here_bytes"]
-        (tmp_path / "a" / ".digests").rename(tmp_path / "gone")
-        ok, path = await d.ensure(REF, c)
+        kept = await located(d)
+        assert kept["here_bytes"] == (await located(b))["here_bytes"]
+        before = changed(kept["path"])
+        assert (await d.ensure(REF, b, part=shard(0, pipeline=2))) == ("ok", kept["path"])
+        assert changed(kept["path"]) == before
+        give(a, REF, file)
+        ok, path = await d.ensure(REF, a)
         assert ok == "ok"
         assert same(path, file)
-        assert not (tmp_path / "a" / ".digests").exists()  # a was not asked
 
-    with_nodes(tmp_path, "a b c d", body)
+    with_nodes(tmp_path, "a b d", body)
+
+
+@pytest.mark.slow
+def test_machines_that_fetch_at_a_time_give_to_each_other(file: Path, tmp_path: Path) -> None:
+    async def body(a: StoreNode, b: StoreNode, c: StoreNode) -> None:
+        give(a, REF, file)
+        for ok, path in await asyncio.gather(b.ensure(REF, a, c), c.ensure(REF, a, b)):
+            assert ok == "ok"
+            assert same(path, file)
+
+    with_nodes(tmp_path, "a b c", body)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from control.errors import QuotaExceeded, UnknownNode
 from control.load_options import MeshShape
 from control.node_names import pick_node
 from control.peer_files import chunks
-from control.peer_files.board import Board, Run
+from control.peer_files.board import LONG_S, Board, Run
 from control.peer_files.chunks import CHUNK_BYTES
 from control.peer_files.offer import Offer, offer_of, offer_term
 from control.peer_files.part import HEADER, WHOLE, Part, ShardOf, part_of, part_term
@@ -135,9 +135,12 @@ def all_of(_name: str, _chunk: int) -> bool:
 
 
 def test_a_board_gives_everything_out_once_and_then_what_is_under_way_again() -> None:
-    board = Board({"f": range(40)})
+    clock = [0.0]
+    board = Board({"f": range(40)}, now_s=lambda: clock[0])
     runs = [board.take(peer, all_of) for peer in "aba"]
     assert [run.count for run in runs if run] == [16, 16, 8]
+    assert board.take("b", all_of) is None  # not for long enough
+    clock[0] += LONG_S
     again = board.take("b", all_of)
     assert again is not None
     assert again in (runs[0], runs[2])  # never what b has under way itself
@@ -166,14 +169,22 @@ def test_a_run_is_cut_to_what_a_peer_has() -> None:
     assert board.take("a", lambda _, chunk: 3 <= chunk < 6) == Run("f", 3, 3)
     assert board.take("a", lambda _, chunk: 3 <= chunk < 6) is None
     found = {board.take("b", all_of) for _ in range(3)}
-    assert {run for run in found if run} == {Run("f", 0, 3), Run("f", 6, 4), Run("f", 3, 3)}
+    assert {run for run in found if run} == {Run("f", 0, 3), Run("f", 6, 4)}
+
+
+def test_machines_begin_at_different_places() -> None:
+    board = Board({"f": range(64)}, begin=0.5)
+    assert [board.take("a", all_of) for _ in range(4)] == [
+        Run("f", first, 16) for first in (32, 48, 0, 16)
+    ]
 
 
 def test_a_slow_peer_is_asked_for_less() -> None:
     board = Board({"f": range(10)})
     assert board.take("a", all_of, 3) == Run("f", 0, 3)
     assert board.take("b", all_of) == Run("f", 3, 7)
-    assert board.take("b", all_of, 1) == Run("f", 0, 3)  # what is under way is not cut
+    board.give_back(Run("f", 3, 7), "b")
+    assert board.take("c", all_of, 4) == Run("f", 3, 4)
 
 
 def test_what_is_given_back_is_given_out_again() -> None:
