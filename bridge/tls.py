@@ -38,7 +38,7 @@ class TlsFiles:
         Raises:
             TlsError: a file is missing, unusable, or a key that others can read.
         """
-        mode = _mode(self.key)
+        mode = mode_of(self.key)
         if sys.platform != "win32" and mode & 0o077:
             raise TlsError(
                 f"{self.key}: mode {mode:04o} lets other users read the private key; "
@@ -69,7 +69,8 @@ class TlsFiles:
         return context
 
 
-def _mode(path: str) -> int:
+def mode_of(path: str) -> int:
+    """The permissions of a file. Raises TlsError where it cannot be looked at."""
     try:
         return stat.S_IMODE(Path(path).stat().st_mode)
     except OSError as exc:

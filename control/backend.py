@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from control.keys import ApiKey
 from models.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -181,6 +182,18 @@ class ClusterControl(Protocol):
 
     async def unload(self, instance_id: str) -> None:
         """Drain and unload an instance. Raises a ControlError of kind ``not_found``."""
+        ...
+
+    async def keys(self) -> list[dict[str, Any]]:
+        """The API keys of the cluster, as ``ApiKey.public`` shows them."""
+        ...
+
+    async def add_key(self, record: ApiKey) -> None:
+        """Make a key valid on every node. Raises a ControlError."""
+        ...
+
+    async def revoke_key(self, id: str) -> None:
+        """End a key on every node. Raises a ControlError of kind ``not_found``."""
         ...
 
     async def swap(self, old: str, new: str) -> str:

@@ -18,6 +18,7 @@ from bridge.text import text_of
 from control import remote_generate
 from control.cluster_api import ClusterApi
 from control.errors import ControlError
+from control.keys import key_of
 from control.node_names import pick_node
 from control.remote_generate import Options, usage_term
 
@@ -93,6 +94,12 @@ class Cluster(GenServer):
                 return self._spawn(from_, lambda: self._store_of(node, "pull", model))
             case ("pull_progress", model, node):
                 return self._spawn(from_, lambda: self._store_of(node, "progress", model))
+            case "keys":
+                return self._spawn(from_, api.keys_term)
+            case ("add_key", record):
+                return self._spawn(from_, lambda: self._add_key(record))
+            case ("revoke_key", id_):
+                return self._spawn(from_, lambda: self._revoke_key(id_))
             case ("subscribe", Pid() as pid):
                 return self._forward(from_, "events", (Atom("subscribe"), pid))
             case ("stop", bool(now)):
@@ -156,6 +163,14 @@ class Cluster(GenServer):
 
     async def _swap(self, old: Term, new: Term) -> Term:
         return (_OK, await self._api.swap(text_of(old), text_of(new)))
+
+    async def _add_key(self, record: Term) -> Term:
+        await self._api.add_key(key_of(record))
+        return _OK
+
+    async def _revoke_key(self, id_: Term) -> Term:
+        await self._api.revoke_key(text_of(id_))
+        return _OK
 
     async def _place(self, model: Term, options: dict[Any, Term]) -> Term:
         return (_OK, await self._api.place_with(text_of(model), options))

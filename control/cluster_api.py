@@ -7,6 +7,7 @@ owns it, over the same calls that an Erlang shell would use.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from control.find_server import find_server
 from control.generation import GenerationLimits, generate
 from control.journal import Journal
 from control.json_view import to_json
+from control.keys import ApiKey, key_of, key_term
 from models.checkpoint import open_checkpoint
 
 ASK_S = 5.0
@@ -42,6 +44,7 @@ LOAD_S = 60.0
 PLACE_S = 25.0
 UNLOAD_S = 120.0
 SWAP_S = 1800.0
+KEY_S = 20.0
 PULL_LOOK_S = 0.2
 CANARY_S = 10.0
 MAX_OPENED = 16  # tokenizers kept
@@ -343,6 +346,28 @@ class ClusterApi:
         answer = await self._ask("model_store", (Atom("remove"), model))
         if answer != "ok":
             _ok(answer, model)
+
+    async def keys(self) -> list[dict[str, Any]]:
+        """The API keys of the cluster, without what opens anything."""
+        records = await self._ask("scheduler", Atom("keys"))
+        return [key_of(record).public(time.time()) for record in records]
+
+    async def keys_term(self) -> list[dict[Any, Term]]:
+        """``keys`` as a term."""
+        return [{Atom(k): v for k, v in row.items()} for row in await self.keys()]
+
+    async def add_key(self, record: ApiKey) -> None:
+        """Make a key valid on every node. Raises Refused."""
+        await self._order((Atom("add_key"), key_term(record)), record.id)
+
+    async def revoke_key(self, id: str) -> None:
+        """End a key on every node. Raises Refused."""
+        await self._order((Atom("revoke_key"), id), id)
+
+    async def _order(self, request: Term, what: str) -> None:
+        answer = await self._ask("scheduler", request, timeout_s=KEY_S)
+        if answer != "ok":
+            _ok(answer, what)
 
     async def _ask(self, name: str, request: Term, *, timeout_s: float = ASK_S) -> Term:
         return await gen_server.node_call(self.node, Atom(name), request, timeout_s=timeout_s)

@@ -33,6 +33,7 @@ class DesiredState:
         send: gives a message to the same part of other nodes.
         on_ready: this leader knows what was committed before its epoch.
         on_safe: a quorum of the roster with this stamp has the document.
+        on_keys: the API keys of the document may be others now.
 
     Attributes:
         now: the document; on a leader with its changes that are under way.
@@ -46,15 +47,17 @@ class DesiredState:
         send: Callable[[Sequence[str], Term], None],
         on_ready: Callable[[], None],
         on_safe: Callable[[sync.Stamp], None],
+        on_keys: Callable[[], None],
     ) -> None:
         self._path, self._send = path, send
-        self._on_ready, self._on_safe = on_ready, on_safe
+        self._on_ready, self._on_safe, self._on_keys = on_ready, on_safe, on_keys
         self._state = sync.State(node)
         self._refs = itertools.count(1)
         self._waiting: dict[Term, Done] = {}
         self._on_disk = True
         self._told_bad = False
         self.now = Desired()
+        self._told_keys = (self.now.keys, self.now.revoked)
 
     @property
     def ready(self) -> bool:
@@ -72,6 +75,8 @@ class DesiredState:
         disk = read_disk(self._path)
         self._state = sync.State(self._state.node, disk)
         self.now = desired_of(disk.document)
+        self._told_keys = (self.now.keys, self.now.revoked)
+        self._on_keys()
 
     def save(self, desired: Desired, done: Done | None = None) -> None:
         """Make ``desired``, which was made from ``now``, the document of the cluster.
@@ -130,6 +135,7 @@ class DesiredState:
     # -- carrying out ----------------------------------------------------------------------
 
     def _step(self, event: sync.Event) -> None:
+        before = self._told_keys
         self._state, actions = sync.step(self._state, event)
         calls: list[Callable[[], None]] = []
         for action in actions:
@@ -150,6 +156,9 @@ class DesiredState:
                     calls.append(self._end(ref, False))
         if not self._waiting:
             self.now = desired_of(self._state.disk.document)
+        self._told_keys = (self.now.keys, self.now.revoked)
+        if self._told_keys != before:
+            self._on_keys()
         for call in calls:  # last: each may write again
             call()
 

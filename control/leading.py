@@ -25,6 +25,7 @@ from control.desired_state import DesiredState
 from control.desired_sync import Document
 from control.instance_spec import InstanceSpec
 from control.instances import Instances
+from control.keys import key_of
 from control.load_options import BadOption, LoadOptions
 from control.lookup import Lookup
 from control.moves import STABLE_S
@@ -120,6 +121,10 @@ class Leading:
                     return _OK
                 id_ = self.instances.resolve(text_of(new))
                 return self._save(desired.with_default(id_), from_)
+            case ("add_key", record):
+                return self._save(desired.add_key(key_of(record)), from_)
+            case ("revoke_key", id_):
+                return self._save(desired.revoke_key(text_of(id_)), from_)
             case "instances":
                 return [(r.coordinator or Atom("undefined"), r.describe()) for r in self._books]
             case _:
@@ -182,7 +187,7 @@ class Leading:
         if self.complete and self.alone:
             for record in self._books:
                 self.instances.unload(record.id, None)
-            self._desired.save(Desired(self._desired.now.version + 1))
+            self._desired.save(self._desired.now.without_models())
 
     def on_wishes(self, document: Document) -> None:
         """What a cluster wanted that has become part of this one; it mostly runs already."""

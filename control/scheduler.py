@@ -9,6 +9,11 @@ call ``instances``                                list of ``{Pid | undefined, Ma
 call ``{path, Model}``                            ``{ok, Id, Path, ContextTokens}`` or an error
 call ``{set_default, Model}``                     ``ok``: the alias ``default`` names it
 call ``{replace_default, Old, New}``              ``ok``: likewise, if it named ``Old``
+call ``{add_key, Record}``                        ``ok``: an API key, as ``keys`` has it
+call ``{revoke_key, Id}``                         ``ok`` | ``{error, not_found, Text}``
+call ``keys``                                     list of records, without the keys
+cast ``{tell_keys, Pid}``                         it gets ``{keys, Records, Revoked}``; so does
+                                                  ``gateway`` here whenever they change
 call ``wanted``                                   list of ``{InstanceId, Model}``
 call ``forget_all``                               ``ok``: a machine alone wants nothing any more
 cast ``stopping``                                 the node ends: what stops now did not fail
@@ -38,7 +43,7 @@ from typing import Any, Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
-from bridge.process import Process
+from bridge.process import Dest, Process
 from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
@@ -48,6 +53,7 @@ from control.desired_state import DesiredState
 from control.desired_sync import Document, Stamp
 from control.errors import ControlError
 from control.finder import Finder
+from control.keys import key_term
 from control.leading import Leading
 from control.lookup import Lookup
 from control.placement_request import Defaults
@@ -60,7 +66,9 @@ FORWARD_S: Final = 1800.0
 ASK_S: Final = 5.0
 MERGE_S: Final = 60.0  # from the end of its leading until a cluster is part of another
 # What the leader answers. A question may be asked twice, should the first leader be lost.
-ORDERS: Final = frozenset({"load", "unload", "set_default", "replace_default"})
+ORDERS: Final = frozenset(
+    {"load", "unload", "set_default", "replace_default", "add_key", "revoke_key"}
+)
 QUESTIONS: Final = frozenset({"place", "instances"})
 _OK, _ERROR = Atom("ok"), Atom("error")
 
@@ -108,6 +116,7 @@ class Scheduler(GenServer):
         return {
             Atom("desired_version"): self._desired.now.version,
             Atom("default"): self._desired.now.default,
+            Atom("keys"): [key.id for key in self._desired.now.keys],
             Atom("leader"): Atom(self._leader or "undefined"),
             Atom("epoch"): self._epoch,
             Atom("leading"): self._leading.complete,
@@ -126,6 +135,7 @@ class Scheduler(GenServer):
             send=self._tell_schedulers,
             on_ready=self._on_ready,
             on_safe=self._on_safe,
+            on_keys=lambda: self._tell_keys((Atom("gateway"), me.node.name)),
         )
         self._desired.read()
         self._finder = Finder(
@@ -168,6 +178,8 @@ class Scheduler(GenServer):
         match request:
             case "wanted":
                 return [(w.id, w.model) for w in self._desired.now.wanted]
+            case "keys":
+                return [key_term(key) for key in self._desired.now.keys]
             case "forget_all":  # a machine that begins with no models unloads none of others
                 self._leading.forget_all()
                 return _OK
@@ -276,6 +288,8 @@ class Scheduler(GenServer):
         match message:
             case "stopping":
                 self._leading.instances.stopping = True
+            case ("tell_keys", Pid() as pid):
+                self._tell_keys(pid)
             case _:
                 await super().handle_cast(message)
 
@@ -334,6 +348,12 @@ class Scheduler(GenServer):
         for node in nodes:
             message = (Atom("desired"), self.me.node.name, term)
             self.me.send((Atom("scheduler"), Atom(node)), message)
+
+    def _tell_keys(self, to: Dest) -> None:
+        """Who may use the HTTP API of this node, as far as is known here."""
+        now = self._desired.now
+        records = [key_term(key) for key in now.keys]
+        self.me.send(to, (Atom("keys"), records, list(now.revoked)))
 
     # -- coordinators ----------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
-"""Makes the cluster's certificate authority and a node's certificate (see ``ops/tls_files.py``)."""
+"""Makes the cluster's certificate authority, and certificates of nodes and of HTTP endpoints.
+
+Which files are whose is in ``ops/tls_files.py``.
+"""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,15 +35,36 @@ def make_missing(files: TlsFiles, ca_key: Path, host: str) -> None:
     """
     if not Path(files.ca).exists():
         _make_ca(Path(files.ca), ca_key)
-    if ca_key.exists() and not _serves(Path(files.certificate), Path(files.key), host):
-        _make_node(files, ca_key, host)
+    pair = (Path(files.certificate), Path(files.key))
+    if ca_key.exists() and not _serves(*pair, [host]):
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        _make_signed("phalanx node", pair, Path(files.ca), ca_key, [host], usages)
 
 
-def _names(host: str) -> list[x509.GeneralName]:
+def make_missing_http(
+    pair: tuple[Path, Path], ca: Path, ca_key: Path, hosts: Sequence[str]
+) -> None:
+    """Make the HTTP endpoint's certificate and key where they do not serve ``hosts`` any more.
+
+    It cannot be shown as a client's, so whoever gets hold of it does not get into the cluster.
+
+    Raises:
+        OSError: nothing can be written.
+        ValueError, TypeError: what is there is damaged, or the authority's key is elsewhere.
+    """
+    if not ca.exists():
+        _make_ca(ca, ca_key)
+    if _serves(*pair, hosts):
+        return
+    if not ca_key.exists():
+        raise ValueError(f"{ca_key} is not here, and only with it a certificate can be made")
+    _make_signed("phalanx http", pair, ca, ca_key, hosts, [ExtendedKeyUsageOID.SERVER_AUTH])
+
+
+def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
     """What peers may call this machine; an address also as a name, as OTP looks it up."""
-    hosts = dict.fromkeys((host, socket.gethostname(), "localhost", "127.0.0.1"))
     names: list[x509.GeneralName] = []
-    for one in hosts:
+    for one in dict.fromkeys((*hosts, socket.gethostname(), "localhost", "127.0.0.1")):
         names.append(x509.DNSName(one.encode("idna").decode("ascii")))
         try:
             names.append(x509.IPAddress(ipaddress.ip_address(one)))
@@ -48,14 +73,14 @@ def _names(host: str) -> list[x509.GeneralName]:
     return names
 
 
-def _serves(certificate: Path, key: Path, host: str) -> bool:
-    """Whether a node's files are there, good for a while, and for ``host``."""
+def _serves(certificate: Path, key: Path, hosts: Sequence[str]) -> bool:
+    """Whether a certificate and its key are there, good for a while, and for ``hosts``."""
     if not (certificate.exists() and key.exists()):
         return False
     found = x509.load_pem_x509_certificate(certificate.read_bytes())
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     left = found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return left.days >= RENEW_DAYS and host in names.get_values_for_type(x509.DNSName)
+    return left.days >= RENEW_DAYS and set(hosts) <= set(names.get_values_for_type(x509.DNSName))
 
 
 def _name(common_name: str) -> x509.Name:
@@ -113,33 +138,40 @@ def _make_ca(certificate_file: Path, key_file: Path) -> None:
     create_secret_file(certificate_file, _text(certificate))
 
 
-def _make_node(files: TlsFiles, ca_key_file: Path, host: str) -> None:
-    ca = x509.load_pem_x509_certificate(Path(files.ca).read_bytes())
+def _make_signed(
+    name: str,
+    pair: tuple[Path, Path],
+    ca_file: Path,
+    ca_key_file: Path,
+    hosts: Sequence[str],
+    usages: list[x509.ObjectIdentifier],
+) -> None:
+    certificate_file, key_file = pair
+    ca = x509.load_pem_x509_certificate(ca_file.read_bytes())
     ca_key = serialization.load_pem_private_key(ca_key_file.read_bytes(), None)
     if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
         raise ValueError(f"{ca_key_file} is no elliptic curve key")
     if ca_key.public_key() != ca.public_key():
-        raise ValueError(f"{ca_key_file} is not the key of {files.ca}")
+        raise ValueError(f"{ca_key_file} is not the key of {ca_file}")
     key = ec.generate_private_key(ec.SECP256R1())
-    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     own_key = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     certificate = (
-        _builder("phalanx node", NODE_DAYS)
+        _builder(name, NODE_DAYS)
         .issuer_name(ca.subject)
         .public_key(key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        .add_extension(x509.SubjectAlternativeName(_names(host)), critical=False)
+        .add_extension(x509.SubjectAlternativeName(_names(hosts)), critical=False)
         .add_extension(issuer_key, critical=False)
         .add_extension(own_key, critical=False)
         .sign(ca_key, hashes.SHA256())
     )
     # Cut short anywhere, there is no certificate, and the pair is made again.
-    Path(files.certificate).unlink(missing_ok=True)
-    write_atomically(Path(files.key), _pem(key))
-    write_atomically(Path(files.certificate), _text(certificate))
+    certificate_file.unlink(missing_ok=True)
+    write_atomically(key_file, _pem(key))
+    write_atomically(certificate_file, _text(certificate))
 
 
 def _text(certificate: x509.Certificate) -> str:

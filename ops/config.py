@@ -34,6 +34,9 @@ UNITS |= {f"{p}B": 1000**i for i, p in enumerate(("k", "M", "G", "T"), 1)} | {"K
 UNITS |= {f"{p}iB": 1024**i for i, p in enumerate(("K", "M", "G", "T"), 1)}
 MIN_MEMORY_BYTES = 64 * 2**20  # less holds no rank
 MAX_MEMORY_BYTES = 2**50
+ORIGIN = (
+    r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9_.-]*)(:[0-9]{1,5})?)$"  # as browsers say
+)
 LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 
 
@@ -84,6 +87,7 @@ Memory = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_memory)]
 Quota = Annotated[int, BeforeValidator(parse_bytes), Field(ge=10**6, le=2**60)]
 Hostname = Annotated[str, StringConstraints(pattern=rf"^{LABEL}(\.{LABEL})*$", max_length=253)]
 Address = Annotated[str, AfterValidator(_address)]
+Origin = Annotated[str, StringConstraints(pattern=ORIGIN, max_length=300)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 TcpPort = Annotated[int, Field(ge=0, le=65535)]
 PlainPath = Annotated[Path, Field(strict=False)]  # text, also where a validator has run before
@@ -174,11 +178,31 @@ class Node(Section):
     tls: Annotated[Tls | None, BeforeValidator(_switch)] = None
 
 
+class HttpTls(Section):
+    """The certificate of the HTTP endpoint: both files, or none to have them made."""
+
+    certificate: PlainPath | None = None
+    key: PlainPath | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            given = "key" if self.certificate is None else "certificate"
+            raise PydanticCustomError(
+                "tls",
+                "certificate and key belong together; tls: true makes both",
+                {"at": given},
+            )
+        return self
+
+
 class Http(Section):
     """The HTTP endpoint."""
 
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,253}$")] = "127.0.0.1"
     port: TcpPort = 52415
+    tls: Annotated[HttpTls | None, BeforeValidator(_switch)] = None
+    cors_origins: Annotated[tuple[Origin, ...], AfterValidator(_unique)] = ()
 
 
 class Models(Section):
@@ -206,6 +230,7 @@ class Limits(Section):
     """How much, how long."""
 
     max_body_bytes: ByteSize = Field(default=8 * 2**20, alias="max_body", ge=1024, le=2**30)
+    receive_timeout_s: Seconds = 60.0
     open_timeout_s: Seconds = 60.0
     write_timeout_s: Seconds = 60.0
     drain_timeout_s: Seconds = 30.0
@@ -307,7 +332,11 @@ def loads(text: str, name: str, folder: Path) -> Config:
     if node.tls is not None:
         paths = {name: path and folder / path.expanduser() for name, path in node.tls}
         node = node.model_copy(update={"tls": node.tls.model_copy(update=paths)})
-    return config.model_copy(update={"models": rooted, "node": node})
+    http = config.http
+    if http.tls is not None:
+        paths = {name: path and folder / path.expanduser() for name, path in http.tls}
+        http = http.model_copy(update={"tls": http.tls.model_copy(update=paths)})
+    return config.model_copy(update={"models": rooted, "node": node, "http": http})
 
 
 def _explain(document: Document, error: ErrorDetails) -> tuple[int, str, str]:
@@ -366,5 +395,6 @@ def _fields_at(path: tuple[str | int, ...]) -> list[str]:
     for part in path:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
-            section = {"devices": Device, "tls": Tls}.get(part, annotation)
+            inner = {"devices": Device, "tls": HttpTls if section is Http else Tls}
+            section = inner.get(part, annotation)
     return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from ops import heart
-from ops.commands import bench, chat, cluster, doctor, models, remsh, shell, start, stop
+from ops.commands import bench, chat, cluster, doctor, keys, models, remsh, shell, start, stop
 from ops.commands.output import note
 from ops.errors import BadUsage, ConfigError, HomeError, NoNode, OpsError, Refused
 
@@ -41,6 +41,7 @@ app.command()(cluster.topology)
 app.command()(cluster.tree)
 app.command()(cluster.place)
 app.add_typer(models.app, name="model")
+app.add_typer(keys.app, name="key")
 app.command()(chat.chat)
 app.command()(shell.shell)
 app.command()(remsh.remsh)

@@ -73,6 +73,7 @@ class Home:
         self.cache_dir = root / "cache"
         self.run_file = root / "run.json"
         self.config_file = root / "config.yaml"
+        self.desired_file = self.state_dir / "desired.json"
 
     def cookie(self) -> str:
         """The shared secret of the cluster; made at the first call, mode 0600.

@@ -24,8 +24,14 @@ from bridge.process import Process
 from bridge.process_errors import StartError
 from bridge.term import Atom, Pid, Term
 from bridge.tls import TlsFiles
-from control.discovery.addresses import bindable, is_loopback, listen_hosts, read_interfaces
-from control.gateway.server import AddressUnavailable, check_address
+from control.discovery.addresses import (
+    bindable,
+    is_loopback,
+    listen_hosts,
+    parse_ip,
+    read_interfaces,
+)
+from control.gateway.server import AddressUnavailable, TlsUnusable, check_address
 from ops import erlang_shell, logs
 from ops.config import Config, load
 from ops.errors import OpsError
@@ -36,7 +42,7 @@ from ops.loop_guard import CRASHED, guard_loop
 from ops.node_parts import make_parts
 from ops.start_models import StartFailed, bring_up_models
 from ops.start_settings import StartSettings
-from ops.tls_files import prepare
+from ops.tls_files import prepare, prepare_http
 from ops.tree import Parts, start_tree
 
 log = logging.getLogger("ops.node")
@@ -81,6 +87,7 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
     host = settings.node.partition("@")[2]
     try:
         tls = prepare(config.node.tls, home, host)
+        http_tls = prepare_http(config.http.tls, home, _http_hosts(settings.http_host))
         node = Node(
             settings.node,
             home.cookie(),
@@ -93,7 +100,7 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
             hosts, dist_port = bindable(listen_hosts(host, read_interfaces()), dist_port)
         epmd = Epmd(tcp_port=settings.epmd_port, serve_hosts=hosts)
         await node.start(listen=(hosts, dist_port), epmd=epmd)
-    except (OSError, EpmdError, TlsError) as exc:
+    except (OSError, EpmdError, TlsError, TlsUnusable) as exc:
         return _say(exc, BAD_CONFIGURATION)
     stopping = _StopRequest()
     stopping.on_signals()
@@ -104,7 +111,9 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
     except AddressUnavailable as exc:
         await node.stop()
         return _say(exc, BAD_CONFIGURATION)
-    parts = make_parts(node, settings, config, home, tls, hosts, stop=stopping.ask)
+    parts = make_parts(
+        node, settings, config, home, tls, hosts, http_tls=http_tls, stop=stopping.ask
+    )
     watch = guard_loop()
     try:
         with node.open_process(label="node main") as me:
@@ -117,6 +126,14 @@ async def _run(settings: StartSettings, config: Config, home: Home) -> int:
         home.remove_run()
         await node.stop()
     return status
+
+
+def _http_hosts(host: str) -> list[str]:
+    """What clients may call the HTTP endpoint on ``host``."""
+    ip = parse_ip(host)
+    if ip is None or not ip.is_unspecified:
+        return [host]
+    return [one.address for one in read_interfaces()]
 
 
 async def _serve(

@@ -10,6 +10,8 @@ from bridge.node import Node
 from bridge.tls import TlsFiles
 from control.cluster_api import ClusterApi
 from control.gateway.process import BoundAddress
+from control.gateway.server import ServerTls
+from control.gateway.settings import GatewaySettings
 from control.machine import Limits
 from control.model_store import ModelStore
 from control.placement_request import Defaults
@@ -34,9 +36,15 @@ def make_parts(
     tls: TlsFiles | None,
     hosts: Sequence[str],
     *,
+    http_tls: ServerTls | None = None,
     stop: Callable[[bool], None],
 ) -> Parts:
-    """All parts of this node's tree; ``hosts``: addresses that its distribution listens on."""
+    """All parts of this node's tree.
+
+    Args:
+        hosts: addresses that its distribution listens on.
+        http_tls: with what its HTTP endpoint speaks TLS, if it does.
+    """
     names = own_host_names() | {settings.node.partition("@")[2].lower()}
     device = next((d for d in config.devices if d.hostname.lower() in names), None)
     machines, tie_breaker = configured_machines(settings.node, config)
@@ -54,7 +62,7 @@ def make_parts(
     return Parts(
         api=ClusterApi(node, config.cluster_name),
         store=store,
-        address=BoundAddress(settings.http_host, settings.http_port),
+        address=BoundAddress(settings.http_host, settings.http_port, http_tls),
         start_port=PortStarter(
             control_node=settings.node,
             cookie=home.cookie(),
@@ -83,7 +91,12 @@ def make_parts(
         num_spares=config.engine.spare_ports,
         port_prefix=f"{settings.node.partition('@')[0]}_port_{os.getpid()}_{int(time.time())}",
         drain_s=config.limits.drain_timeout_s,
-        max_body_bytes=config.limits.max_body_bytes,
-        open_timeout_s=config.limits.open_timeout_s,
-        write_timeout_s=config.limits.write_timeout_s,
+        gateway=GatewaySettings(
+            max_body_bytes=config.limits.max_body_bytes,
+            receive_timeout_s=config.limits.receive_timeout_s,
+            cors_origins=config.http.cors_origins,
+            open_timeout_s=config.limits.open_timeout_s,
+            write_timeout_s=config.limits.write_timeout_s,
+        ),
+        insecure=settings.insecure,
     )

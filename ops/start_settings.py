@@ -23,6 +23,7 @@ class StartSettings:
         models: to be loaded before the node is ready; the first is the alias ``default``.
         no_model: start empty, forgetting what ran before; ``models`` is empty then.
         log_json: stderr as one JSON object a line.
+        insecure: the HTTP API is open to everybody while there is no key.
         join: peers to connect to, ``host[:port]``, besides those of the configuration.
     """
 
@@ -36,6 +37,7 @@ class StartSettings:
     log_json: bool
     epmd_port: int
     join: tuple[str, ...] = ()
+    insecure: bool = False
 
     def to_file(self, path: Path) -> None:
         """Write, for this user only. Raises OSError."""

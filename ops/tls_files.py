@@ -1,4 +1,4 @@
-"""Certificates of the distribution: those the configuration names, else self-made ones.
+"""Certificates of the distribution and of HTTP: what the configuration names, else self-made.
 
 With ``node: {tls: true}`` the first start makes an authority for the cluster and a certificate for
 the node, under ``<home>/keys`` (all mode 0600):
@@ -15,14 +15,22 @@ first start, and it makes its own certificate; or copy ``dist_ca.pem`` and the t
 which then serve both. A stock node with ``ssl``::
 
     erl -name me@127.0.0.1 -proto_dist inet_tls -ssl_dist_optfile HOME/keys/dist_ssl.conf
+
+With ``http: {tls: true}`` the HTTP endpoint has a certificate of the same authority: ``http.pem``
+with ``http.key`` there. Clients need ``dist_ca.pem`` to check it (``curl --cacert``,
+``SSL_CERT_FILE`` for Python); they show none, their API key says who they are.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.tls import TlsFiles
-from ops.config import Tls, load
+from bridge.errors import TlsError
+from bridge.tls import TlsFiles, mode_of
+from control.gateway.server import ServerTls, TlsUnusable
+from ops.config import HttpTls, Tls, load
 from ops.errors import HomeError
 from ops.home import Home, RunInfo, write_atomically
 
@@ -54,6 +62,47 @@ def prepare(tls: Tls | None, home: Home, host: str) -> TlsFiles | None:
             advice = "Delete the dist_* files there to get new ones, or copy a whole set."
             raise HomeError(home.keys_dir, f"TLS files cannot be used: {exc}", advice) from exc
     _write_ssl_conf(home, files)
+    return files
+
+
+def prepare_http(tls: HttpTls | None, home: Home, hosts: Sequence[str]) -> ServerTls | None:
+    """With what the HTTP endpoint speaks TLS, if it does; made where it is to be made.
+
+    Args:
+        hosts: names and addresses that clients may say.
+
+    Raises:
+        HomeError: what is there cannot be used, or nothing can be written.
+        TlsUnusable: files of the operator's own cannot be used.
+    """
+    if tls is None:
+        return None
+    if tls.certificate is not None:
+        return _checked(ServerTls(str(tls.certificate), str(tls.key)))
+    from ops.certificates import make_missing_http  # costs 0.1 s, as above
+
+    keys = home.keys_dir
+    pair = (keys / "http.pem", keys / "http.key")
+    try:
+        make_missing_http(pair, keys / "dist_ca.pem", keys / "dist_ca.key", hosts)
+        return _checked(ServerTls(*map(str, pair)))
+    except (OSError, ValueError, TypeError, TlsUnusable) as exc:
+        advice = (
+            "Copy dist_ca.pem and dist_ca.key of another node there, delete what is damaged, or "
+            "name files of your own under http.tls."
+        )
+        raise HomeError(keys, f"HTTP cannot speak TLS: {exc}", advice) from exc
+
+
+def _checked(files: ServerTls) -> ServerTls:
+    """Raises TlsUnusable."""
+    try:
+        open_to = mode_of(files.key) & 0o077
+    except TlsError as exc:
+        raise TlsUnusable(files, str(exc)) from exc
+    if sys.platform != "win32" and open_to:
+        raise TlsUnusable(files, f"other users may read {files.key}: run `chmod 600` on it")
+    files.context()
     return files
 
 

@@ -46,6 +46,7 @@ from control.election import Election
 from control.errors import UnknownModel
 from control.events import Events
 from control.gateway.process import BoundAddress, GatewayServer
+from control.gateway.settings import GatewaySettings
 from control.gpu_links import gpu_link
 from control.link_probe import LinkProbe, TcpTransport
 from control.lookup import Lookup, Resolved
@@ -87,9 +88,8 @@ class Parts:
     num_spares: int
     port_prefix: str
     drain_s: float
-    max_body_bytes: int
-    open_timeout_s: float
-    write_timeout_s: float
+    gateway: GatewaySettings
+    insecure: bool
 
 
 async def start_tree(me: Process, parts: Parts) -> Pid:
@@ -228,9 +228,8 @@ def _gateway(p: Parts) -> GatewayServer:
         p.api,
         p.address,
         drain_s=p.drain_s,
-        max_body_bytes=p.max_body_bytes,
-        open_timeout_s=p.open_timeout_s,
-        write_timeout_s=p.write_timeout_s,
+        settings=p.gateway,
+        insecure=p.insecure,
     )
 
 

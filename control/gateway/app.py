@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from control.backend import Backend, ClusterControl
 from control.errors import ControlError
@@ -17,14 +18,17 @@ from control.gateway import (
     embeddings,
     errors,
     health,
+    keys,
     models,
     ollama,
     ollama_models,
     responses,
 )
+from control.gateway.auth import Guard
 from control.gateway.edge import Edge
 from control.gateway.gateway import Gateway
 from control.gateway.json_response import Json
+from control.gateway.key_ring import KeyRing
 from control.gateway.limits import BodyLimit
 from control.gateway.metrics import Metrics
 from control.gateway.settings import GatewaySettings
@@ -39,6 +43,7 @@ ROUTERS = (
     ollama.router,
     ollama_models.router,
     cluster.router,
+    keys.router,
     health.router,
 )
 
@@ -48,18 +53,21 @@ def create_app(
     *,
     settings: GatewaySettings | None = None,
     control: ClusterControl | None = None,
+    ring: KeyRing | None = None,
 ) -> FastAPI:
     """The gateway of one node.
 
     Args:
         backend: serves models.
         control: answers the ``/cluster`` routes beyond the status; without it they say 503.
+        ring: whom to let in; without it, everybody.
 
     Returns:
         An app whose ``state.gateway`` is the ``Gateway`` its routes share.
     """
     settings = settings or GatewaySettings()
-    gateway = Gateway(backend, control, settings, Metrics(settings.registry))
+    ring = ring or KeyRing()
+    gateway = Gateway(backend, control, settings, Metrics(settings.registry), ring)
     app = FastAPI(
         title="Phalanx",
         summary="A fault-tolerant LLM server",
@@ -76,7 +84,18 @@ def create_app(
     for kind in (errors.ApiError, errors.GenerationFailed, RequestValidationError, ControlError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+    )
+    app.add_middleware(Guard, ring=ring, origins=settings.cors_origins)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     app.add_middleware(Edge, settings=settings, metrics=gateway.metrics)
     return app
 

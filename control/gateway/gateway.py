@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from control.backend import Backend, ClusterControl
+from control.gateway.key_ring import KeyRing
 from control.gateway.metrics import Metrics
 from control.gateway.response_store import ResponseStore
 from control.gateway.settings import GatewaySettings
@@ -17,6 +18,7 @@ class Gateway:
 
     Attributes:
         cluster: what the ``/cluster`` routes steer; None where no cluster is attached.
+        ring: whom the routes let in.
         responses: kept for the clients that go on with them.
         stopping: set when the server drains; feeds without an end of their own then end.
     """
@@ -25,5 +27,6 @@ class Gateway:
     cluster: ClusterControl | None
     settings: GatewaySettings
     metrics: Metrics
+    ring: KeyRing = field(default_factory=KeyRing)
     responses: ResponseStore = field(default_factory=ResponseStore)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

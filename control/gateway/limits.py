@@ -1,4 +1,4 @@
-"""What is refused before a route sees it: bodies too large, or not JSON. Pure ASGI."""
+"""What is refused before a route sees it: bodies too large, too slow, or not JSON. Pure ASGI."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ DRAIN_S = 5.0
 class BodyLimit:
     """Refuses a body over ``max_bytes`` with 413, declared or chunked, and a foreign type with 415.
 
-    The type matters beyond manners: a web page can make a browser post text/plain
-    anywhere, but needs our consent (which we never give) to post JSON.
+    A body that is not whole within ``timeout_s`` gets 408. The type matters beyond manners: a web
+    page can make a browser post text/plain anywhere, but needs our consent (which only those of
+    ``http.cors_origins`` have) to post JSON.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,7 +33,7 @@ class BodyLimit:
         size = int(declared) if declared.isascii() and declared.isdecimal() else 0
         if size > self._max_bytes:
             if "expect" not in headers and size <= DRAIN_FACTOR * self._max_bytes:
-                await _drain(receive, size)
+                await drain(receive, size)
             await self._refuse(scope, receive, send)
             return
         has_body = size > 0 or "transfer-encoding" in headers
@@ -42,18 +43,30 @@ class BodyLimit:
             )
             await response_for(scope["path"], error)(scope, receive, send)
             return
-        seen = 0
+        seen, whole = 0, False
+        until_s = asyncio.get_running_loop().time() + self._timeout_s
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:
+                return await receive()  # tells of the client's end alone
+            try:
+                async with asyncio.timeout_at(until_s):
+                    message = await receive()
+            except TimeoutError as exc:
+                raise self._too_slow() from exc
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self._max_bytes:
-                await _drain(receive, DRAIN_FACTOR * self._max_bytes)
+                await drain(receive, DRAIN_FACTOR * self._max_bytes)
                 raise self._too_large()
             return message
 
         await self._app(scope, counted, send)
+
+    def _too_slow(self) -> ApiError:
+        text = f"the body did not come within {self._timeout_s:g} s; send it again."
+        return ApiError(408, text, code="body_too_slow", headers={"Connection": "close"})
 
     def _too_large(self) -> ApiError:
         text = f"the body is larger than {self._max_bytes} bytes; send a shorter prompt."
@@ -69,7 +82,7 @@ def _is_json(content_type: str) -> bool:
     return kind.startswith("application/") and kind.endswith(("/json", "+json"))
 
 
-async def _drain(receive: Receive, max_bytes: int) -> None:
+async def drain(receive: Receive, max_bytes: int) -> None:
     """Throw away the rest of a body: an answer sent over unread bytes is lost to a reset."""
     try:
         async with asyncio.timeout(DRAIN_S):

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from control.backend import OpenModel
 from control.gateway import ndjson, prompts, serve
+from control.gateway.auth import require
 from control.gateway.cluster import control_of
 from control.gateway.errors import ApiError
 from control.gateway.gateway import Gateway
@@ -21,6 +22,7 @@ from control.gateway.ollama_types import (
     OllamaGeneration,
 )
 from control.gateway.timestamp import timestamp
+from control.keys import ADMIN
 
 ABOUT = (
     "Streams unless stream is false. Options that are not said have Ollama's defaults: temperature "
@@ -109,6 +111,7 @@ async def _load_or_unload(
 ) -> Response:
     """What Ollama does where nothing is to be generated."""
     if body.unloads:
+        require(request, ADMIN)
         info = await find_model(gateway, body.model)
         for instance in (await gateway.backend.status())["instances"]:
             if instance["model"] == info.id:

@@ -25,6 +25,7 @@ class ResponseShape:
 
     Args:
         turns: the conversation up to the answer, without the instructions.
+        owner: id of the API key that asked.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class ResponseShape:
         turns: Sequence[Turn],
         prompt_tokens: int,
         request_id: str,
+        owner: str,
     ) -> None:
         self._gateway, self._body, self._turns = gateway, body, tuple(turns)
         self._table = opened.tokenizer
         self._prompt_tokens = prompt_tokens
-        self._request_id = request_id
+        self._request_id, self._owner = request_id, owner
         self._id = f"resp_{secrets.token_hex(24)}"
         self._item_id = f"msg_{secrets.token_hex(24)}"
         self._head = {
@@ -120,7 +122,7 @@ class ResponseShape:
         )
         if self._body.store:
             turns = (*self._turns, Turn("assistant", delta.text))
-            self._gateway.responses.put(self._id, Kept(bytes(Json(shown).body), turns))
+            self._gateway.responses.put(self._id, Kept(bytes(Json(shown).body), turns, self._owner))
         return shown
 
     def _shown(self, status: str, **fields: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Kept:
 
     shown: bytes
     turns: tuple[Turn, ...]
+    owner: str = ""  # id of the API key that asked; empty where none was needed
 
     @property
     def num_chars(self) -> int:
@@ -46,17 +47,19 @@ class ResponseStore:
             _, dropped = self._kept.popitem(last=False)
             self._num_chars -= dropped.num_chars
 
-    def get(self, id: str) -> Kept | None:
-        """A response that is still kept, or None."""
+    def get(self, id: str, owner: str = "") -> Kept | None:
+        """A response that is still kept and was made with the key ``owner``, or None."""
         kept = self._kept.get(id)
-        if kept is not None:
-            self._kept.move_to_end(id)
+        if kept is None or kept.owner != owner:
+            return None
+        self._kept.move_to_end(id)
         return kept
 
-    def remove(self, id: str) -> bool:
-        """Forget a response; False if it was not there."""
-        kept = self._kept.pop(id, None)
+    def remove(self, id: str, owner: str = "") -> bool:
+        """Forget a response of ``owner``; False if there is none."""
+        kept = self.get(id, owner)
         if kept is not None:
+            del self._kept[id]
             self._num_chars -= kept.num_chars
         return kept is not None
 

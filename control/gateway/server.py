@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
 
 from control.errors import ControlError
+from control.gateway.protocol import MAX_HEAD_BYTES, limited
 
 BACKLOG = 2048
 GRACE_S = 2.0  # for tasks that were cancelled because the drain took too long
@@ -32,6 +35,43 @@ class AddressUnavailable(ControlError):
         )
 
 
+class TlsUnusable(ControlError):
+    """The files for TLS cannot be used."""
+
+    kind = "tls_unusable"
+
+    def __init__(self, tls: ServerTls, why: str) -> None:
+        super().__init__(tls, why)
+        self.tls, self.why = tls, why
+
+    def __str__(self) -> str:
+        files = f"{self.tls.certificate} and {self.tls.key}"
+        return (
+            f"{files} are no certificate with its unlocked key: {self.why}. Correct http.tls in "
+            "config.yaml, or say `tls: true` to have them made."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """Paths of PEM files: the endpoint's certificate (chain), and its private key."""
+
+    certificate: str
+    key: str
+
+    def context(self) -> ssl.SSLContext:
+        """TLS 1.2 and newer; clients show no certificate. Raises TlsUnusable."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            # An empty password: a locked key is an error, not a question to the terminal.
+            context.load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as exc:
+            raise TlsUnusable(self, str(exc)) from exc
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the node decides when to stop."""
 
@@ -51,8 +91,15 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """One listening socket in front of one app. ``start`` once, ``stop`` once."""
 
-    def __init__(self, app: FastAPI, *, host: str = "127.0.0.1", port: int = 52415) -> None:
-        self._app, self._host, self._port = app, host, port
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 52415,
+        tls: ServerTls | None = None,
+    ) -> None:
+        self._app, self._host, self._port, self._tls = app, host, port, tls
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -61,11 +108,15 @@ class HttpServer:
 
         Raises:
             AddressUnavailable: the address is in use, foreign, or not permitted.
+            TlsUnusable: the certificate or its key is.
         """
+        context = self._tls.context() if self._tls else None
         listener = await _listen(self._host, self._port)
         config = uvicorn.Config(
             self._app,
-            http="h11",
+            http=limited(self._app.state.gateway.settings.receive_timeout_s),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ssl_context_factory=(lambda *_: context) if context else None,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -18,6 +18,8 @@ class GatewaySettings:
 
     Attributes:
         max_body_bytes: larger request bodies are refused with 413.
+        receive_timeout_s: a request's head, and then its body, must come within this time.
+        cors_origins: web pages that may ask: origins such as ``https://chat.example``, or ``*``.
         open_timeout_s: how long a request waits for a model that loads or recovers.
         write_timeout_s: a streaming client that takes nothing for this long is let go.
         close_timeout_s: a generation that is cancelled must be closed within this time.
@@ -28,6 +30,8 @@ class GatewaySettings:
     """
 
     max_body_bytes: int = MAX_BODY_BYTES
+    receive_timeout_s: float = 60.0
+    cors_origins: tuple[str, ...] = ()
     open_timeout_s: float = 60.0
     write_timeout_s: float = 60.0
     close_timeout_s: float = 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ from pydantic import ValidationError
 import ops
 from bridge.epmd import epmd_port
 from bridge.errors import EpmdError
+from control.desired import BadDesired, read_desired
+from control.discovery.addresses import is_loopback
 from ops import heart
 from ops.commands.options import model_ref
 from ops.config import Config, Http, Node, load
@@ -85,7 +86,9 @@ def start(
     insecure: Annotated[
         bool,
         typer.Option(
-            "--insecure", help="Let the HTTP API listen beyond this machine, open to everybody."
+            "--insecure",
+            help="Open the HTTP API to everybody while there is no API key: where it listens "
+            "beyond this machine, and where every key was revoked.",
         ),
     ] = False,
 ) -> None:
@@ -142,11 +145,12 @@ def decide(
     if no_model and models:
         raise BadUsage("--no-model and --model exclude each other")
     host, port = _http(http) if http is not None else (config.http.host, config.http.port)
-    if not insecure and not _is_loopback(host):
+    if not insecure and not is_loopback(host) and not _has_keys(home):
         where = f"--http {http}" if http is not None else f"{config_file} http.host: {host}"
         raise BadUsage(
-            f"{where} lets other machines in, and this version has no API keys yet to keep "
-            f"strangers out. Use 127.0.0.1, or say --insecure to open it to everybody."
+            f"{where} lets other machines in, and this home knows no API key that would keep "
+            f"strangers out. Start it on 127.0.0.1, run `ctl key create`, and start it again so; "
+            f"or say --insecure to open it to everybody."
         )
     chosen = () if no_model else models or config.models.default
     return StartSettings(
@@ -160,7 +164,16 @@ def decide(
         log_json=log_json or config.log.format == "json",
         epmd_port=_epmd_port(config),
         join=join,
+        insecure=insecure,
     )
+
+
+def _has_keys(home: Home) -> bool:
+    """Whether the cluster had an API key when this node was last a part of it."""
+    try:
+        return bool(read_desired(home.desired_file).keys)
+    except BadDesired as exc:
+        raise BadUsage(str(exc)) from exc
 
 
 def _node_name(name: str) -> str:
@@ -182,13 +195,6 @@ def _http(text: str) -> tuple[str, int]:
             f"--http {text!r}: write HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:52415"
         ) from exc
     return checked.host, checked.port
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"  # what other names mean, others decide
 
 
 def _epmd_port(config: Config) -> int:

@@ -81,7 +81,7 @@ def test_the_documented_example_lists_every_field_with_its_default() -> None:
     [
         ("cluster: x", "1 cluster: unknown field; did you mean cluster_name?"),
         ("\nhttp:\n  prt: 1", "3 http.prt: unknown field; did you mean port?"),
-        ("http:\n  zzz: 1", "2 http.zzz: unknown field; known: host, port"),
+        ("http:\n  zzz: 1", "2 http.zzz: unknown field; known: cors_origins, host, port, tls"),
         ("devices:\n- roles: [compute]", "2 devices[0].hostname: is required"),
         (
             "devices:\n- hostname: a\n  max_memory: 128Gb",

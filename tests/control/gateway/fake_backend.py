@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from control.backend import (
     TokenEvent,
 )
 from control.errors import ControlError, NotReady, UnknownModel
+from control.keys import ApiKey, NoSuchKey
 from models.tokenizer import BYTE_OF, Tokenizer
 
 TEMPLATE = (
@@ -164,6 +165,8 @@ class FakeControl:
     ready: Readiness = field(default_factory=lambda: Readiness(True))
     happened: tuple[ClusterEvent, ...] = (ClusterEvent("instance", {"id": "tiny-1"}),)
     pulled: tuple[PullProgress | Exception, ...] = ()
+    records: dict[str, ApiKey] = field(default_factory=dict)
+    on_keys: Callable[[Iterable[ApiKey], bool], None] = lambda keys, revoked: None
 
     async def topology(self) -> list[dict[str, Any]]:
         return [{"from": "a", "to": "b", "latency_s": 0.001}]
@@ -197,6 +200,18 @@ class FakeControl:
     async def swap(self, old: str, new: str) -> str:
         self.asked.append(("swap", old, new))
         return f"{new}-1"
+
+    async def keys(self) -> list[dict[str, Any]]:
+        return [record.public(0) for record in self.records.values()]
+
+    async def add_key(self, record: ApiKey) -> None:
+        self.records[record.id] = record
+        self.on_keys(self.records.values(), False)
+
+    async def revoke_key(self, id: str) -> None:
+        if self.records.pop(id, None) is None:
+            raise NoSuchKey(id)
+        self.on_keys(self.records.values(), True)
 
     async def pull(self, model: str) -> AsyncGenerator[PullProgress, None]:
         self.asked.append(("pull", model))

@@ -16,6 +16,7 @@ import openai
 
 from control.backend import ClusterControl
 from control.gateway.app import create_app
+from control.gateway.key_ring import KeyRing
 from control.gateway.server import HttpServer
 from control.gateway.settings import GatewaySettings
 from tests.control.gateway.fake_backend import FakeBackend
@@ -62,12 +63,13 @@ def serve(
     *,
     control: ClusterControl | None = None,
     settings: GatewaySettings | None = None,
+    ring: KeyRing | None = None,
 ) -> Iterator[Live]:
     """Start a gateway, and stop it at the end of the block."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    app = create_app(backend, settings=settings, control=control)
+    app = create_app(backend, settings=settings, control=control, ring=ring)
     server = HttpServer(app, port=0)
     try:
         start = asyncio.run_coroutine_threadsafe(server.start(), loop)
