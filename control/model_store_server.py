@@ -37,7 +37,7 @@ import logging
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer
@@ -47,7 +47,7 @@ from bridge.term import Atom, Term
 from bridge.text import text_of
 from control import events
 from control.catalogue import Entry, ModelRef
-from control.errors import ControlError, DownloadFailed, NotAModel
+from control.errors import ControlError, DownloadFailed, NotAModel, StoreUnusable
 from control.model_store import ModelStore
 from control.peer_files.asking import NodePeers, who_has
 from control.peer_files.desk import Desk
@@ -59,6 +59,7 @@ log = logging.getLogger("control.model_store")
 
 IN_USE_S: Final = 5.0
 _OK: Final = Atom("ok")
+T = TypeVar("T")
 Fetch = Callable[[OnProgress], Awaitable[Path]]
 
 
@@ -235,7 +236,7 @@ class ModelStoreServer(GenServer):
                     tell("pulling")
 
             try:
-                path = await fetch(note)
+                path = await self._unbroken(fetch(note))
             except ControlError as exc:
                 log.warning("%s", exc)
                 self._failed[ref.id] = exc
@@ -263,13 +264,23 @@ class ModelStoreServer(GenServer):
 
         async def run(me: Process) -> None:
             try:
-                answer = await work()
+                answer = await self._unbroken(work())
             except ControlError as exc:
                 answer = _error(exc.kind, str(exc))
             gen_server.reply(me, from_, answer)
 
         self.me.spawn(run, link=True, label="shares files")
         return NOREPLY
+
+    async def _unbroken(self, work: Awaitable[T]) -> T:
+        """What ``work`` gives, its own faults as errors: ranks that run must not end by them."""
+        try:
+            return await work
+        except ControlError:
+            raise
+        except Exception as exc:
+            log.exception("a job of the model store failed")
+            raise StoreUnusable(str(self.store.shelf.root), f"{type(exc).__name__}: {exc}") from exc
 
     def _locate(self, name: str) -> Term:
         place = self.store.locate(self.store.resolve_anywhere(name))

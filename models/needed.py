@@ -70,7 +70,7 @@ def header_ranges(checkpoint: Checkpoint) -> FileRanges:
     found = places.of(checkpoint.read_when_opened())
     for name in model_files(checkpoint):
         if folder / name not in places.paths:
-            found[name] = ((0, (folder / name).stat().st_size),)
+            found[name] = merged([(0, (folder / name).stat().st_size)])
     return found
 
 

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from bridge import gen_server
 from bridge.node import Node
 from bridge.term import Atom, Pid, Term
 from control.model_store import ModelStore
 from control.model_store_server import ModelStoreServer
-from control.peer_files.chunks import num_chunks
 from tests.models.tiny import llama_tensors, write_gguf
 
 
@@ -77,8 +79,37 @@ def give(node: StoreNode, ref: str, file: Path) -> Path:
     return node.store.shelf.publish(ref, files, "given")
 
 
-def chunks_in(path: Path) -> int:
-    return num_chunks(path.stat().st_size)
+def give_folder(node: StoreNode, ref: str, folder: Path, main: str = "") -> Path:
+    """The same of a folder, of which ``main`` is to be opened."""
+    files = node.store.shelf.root / ".given" / "files"
+    shutil.copytree(folder, files)
+    return node.store.shelf.publish(ref, files, "given", main=main)
+
+
+def contents(folder: Path) -> set[str]:
+    """Names of the files of a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def split_gguf(folder: Path) -> Path:
+    """The first of three files of one tiny model."""
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=8)
+    for key, value in {
+        "block_count": 2,
+        "context_length": 256,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+    }.items():
+        writer.add_uint32(f"llama.{key}", value)
+    for name, (data, _) in llama_tensors().items():
+        writer.add_tensor(name, data.view(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(folder.glob("*.gguf"))
 
 
 def big_gguf(path: Path, *, ffn: int = 4096, layers: int = 2) -> Path:

@@ -20,7 +20,16 @@ from models.checkpoint import open_checkpoint
 from models.errors import PartsMissing
 from models.mesh import grid, mesh, units_of
 from models.needed import check_here, needed_ranges
-from tests.control.peer_files.stores import StoreNode, big_gguf, give, store_nodes
+from tests.control.peer_files.stores import (
+    StoreNode,
+    big_gguf,
+    contents,
+    give,
+    give_folder,
+    split_gguf,
+    store_nodes,
+)
+from tests.models.test_needed import plain
 
 REF = "/nowhere/m.gguf"
 Body = Callable[..., Awaitable[None]]
@@ -339,5 +348,48 @@ def test_a_quota_makes_room_by_what_was_used_longest_ago(file: Path, tmp_path: P
         assert (await b.ensure("/nowhere/3.gguf", a))[0] == "ok"
         here = {str(row["id"]): str(row["state"]) for row in await b.ask("list")}
         assert here == {"/nowhere/2.gguf": "local", "/nowhere/3.gguf": "local"}
+
+    with_nodes(tmp_path, "a b", body)
+
+
+@pytest.mark.slow
+def test_a_folder_comes_with_its_small_files(tmp_path: Path) -> None:
+    ref = "/nowhere/folder"
+    (made := tmp_path / "made").mkdir()
+    plain(made)
+    (made / "empty.txt").touch()
+
+    async def body(a: StoreNode, b: StoreNode) -> None:
+        give_folder(a, ref, made)
+        ok, header = await b.ensure(ref, a, part=Atom("header"))
+        assert ok == "ok"
+        assert open_checkpoint(Path(header)).spec == open_checkpoint(made).spec
+        ok, path = await b.ensure(ref, a)
+        assert ok == "ok"
+        assert contents(Path(path)) == contents(made) | {"phalanx.json"}
+        assert (await located(b, ref))["whole"] is True
+        assert open_checkpoint(Path(path)).fingerprint == open_checkpoint(made).fingerprint
+
+    with_nodes(tmp_path, "a b", body)
+
+
+@pytest.mark.slow
+def test_a_split_model_comes_with_all_its_files(tmp_path: Path) -> None:
+    (made := tmp_path / "made").mkdir()
+    first = split_gguf(made)
+    files = sorted(made.iterdir())
+    assert len(files) > 1
+
+    async def body(a: StoreNode, b: StoreNode) -> None:
+        ref = "/nowhere/split.gguf"
+        give_folder(a, ref, made, main=first.name)
+        ok, header = await b.ensure(ref, a, part=Atom("header"))
+        assert ok == "ok"
+        assert open_checkpoint(Path(header)).spec == open_checkpoint(first).spec
+        ok, path = await b.ensure(ref, a)
+        assert ok == "ok"
+        assert Path(path).name == first.name
+        assert open_checkpoint(Path(path)).fingerprint == open_checkpoint(first).fingerprint
+        assert (await located(b, ref))["size_bytes"] == sum(map(size_of, files))
 
     with_nodes(tmp_path, "a b", body)
