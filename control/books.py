@@ -31,6 +31,7 @@ class Record:
         worker: process that brings it up or takes it down.
         group: monitor of its supervisor.
         reply_to: who waits for the answer of ``load``; ``leavers``: of ``unload``.
+        unsaved: unloads that are not on a quorum's disks yet.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Record:
     group: Ref | None = None
     reply_to: Term = None
     leavers: list[Term] = field(default_factory=list)
+    unsaved: int = 0
 
     def describe(self) -> dict[Any, Term]:
         """The instance's map as far as the books know it; its coordinator knows more."""

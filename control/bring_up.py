@@ -144,7 +144,8 @@ async def start(me: Process, spec: InstanceSpec, books: Pid) -> None:
         dest = (Atom("agent"), Atom(spec.head_node))
         answer = await gen_server.call(me, dest, order, timeout_s=START_S)
     except gen_server.CallError as exc:
-        failed("start_failed", f"{spec.head_node} did not start it: {exc}")
+        kind = "machine_lost" if isinstance(exc, gen_server.NodeDown) else "start_failed"
+        failed(kind, f"{spec.head_node} did not start it: {exc}")
         return
     match answer:
         case ("ok", Pid() as group):

@@ -66,6 +66,11 @@ class DesiredState:
         return part is not None and part.ready
 
     @property
+    def busy(self) -> bool:
+        """Whether a change is under way."""
+        return bool(self._waiting)
+
+    @property
     def document(self) -> sync.Document:
         """What is on this node's disk."""
         return self._state.disk.document

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY
@@ -31,7 +31,7 @@ NO_LEADER_S: Final = 15.0  # that somebody waits for a leader who might know mor
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     target: str
-    from_: Term
+    from_: Any
     since_s: float
 
 
@@ -60,6 +60,7 @@ class Finder:
         self._waiting: list[_Waiting] = []
         self._relays: dict[str, Pid] = {}  # what another node's scheduler is asked
         self._demand_failed: dict[str, tuple[float, str]] = {}  # model -> (when, why)
+        self._leaderless_s = now_s()  # since when there is nobody to ask
         self.leader = ""  # whom to ask; empty: nobody, or this node while it takes stock
         self.leading = False
 
@@ -142,6 +143,8 @@ class Finder:
 
     def follow(self, leader: str, *, leading: bool) -> None:
         """Another node leads, or this one (``leading`` once its books are complete)."""
+        if not leader and not leading and (self.leader or self.leading):
+            self._leaderless_s = self._now_s()
         if leader != self.leader:
             for relay in self._relays.values():
                 self._me.exit(relay, Atom("kill"))
@@ -183,14 +186,22 @@ class Finder:
 
     def tick(self) -> None:
         """About once a second: ask again, and tell those who have waited too long for a leader."""
+        self._waiting = [one for one in self._waiting if self._is_there(one)]
         self._ask_leader()
-        if self.leader:
+        if self.leader or self.leading:
             return
         early_s = self._now_s() - NO_LEADER_S
         waiting, self._waiting = self._waiting, []
         for one in waiting:
-            if one.since_s > early_s:
+            if max(one.since_s, self._leaderless_s) > early_s:
                 self._waiting.append(one)
                 continue
             text = f"no leader for {NO_LEADER_S:.0f} s, and nothing here serves {one.target}"
             gen_server.reply(self._me, one.from_, (Atom("error"), Atom("no_leader"), text))
+
+    def _is_there(self, one: _Waiting) -> bool:
+        """Whether the asker may still want to know."""
+        asker: Pid = one.from_[0]
+        if asker.node == self._me.node.name:
+            return self._me.node.process(asker) is not None
+        return self._now_s() - one.since_s < RELAY_S  # else its call has timed out

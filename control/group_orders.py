@@ -3,7 +3,7 @@
 ================================================  ============================================
 ``{stopped, Id}``                                 nothing of the instance is left
 ``{group_down, Id, #{...} | undefined, Reason}``  what its agent knows of a group's end
-``{stock, Epoch, [Running]}``                     what runs on the machines that answered
+``{stock, Epoch, [Running], [Node]}``             what runs on the machines that answered
 ``{joined, Node, [Running]}``                     what runs on a machine that has come
 ``{lost, Node}``                                  a machine is not just starting again
 ================================================  ============================================
@@ -31,16 +31,23 @@ RUNNING_S: Final = 30.0  # a group that comes up may keep its agent waiting
 STOCK_S: Final = 10.0  # a machine that has not answered then is taken up when it does
 AGAIN_S: Final = 0.25
 END_S: Final = 60.0
+UNSURE_S: Final = 20.0  # that a stop waits for a leader which is unsure for a while
 GRACE_S: Final = 4.0  # in which a control process that was killed is back
 
 
 async def stop_group(me: Process, node: str, id_: str, drain_s: float) -> None:
     """Drain and end a group where ``node`` obeys; what cannot be reached is taken up later."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + UNSURE_S
     with contextlib.suppress(gen_server.CallError):
-        right = await gen_server.call(me, Atom("election"), Atom("authority"), timeout_s=ASK_S)
-        if right[0] != "ok":
-            log.warning("%s goes on at %s: this node may not stop it", id_, node)
-            return
+        while True:
+            right = await gen_server.call(me, Atom("election"), Atom("authority"), timeout_s=ASK_S)
+            if right[0] == "ok":
+                break
+            if loop.time() > deadline_s:
+                log.warning("%s goes on at %s: this node may not stop it", id_, node)
+                return
+            await asyncio.sleep(AGAIN_S)
         stop: Term = (Atom("stop"), me.node.name, right[1], id_, float(drain_s))
         dest = (Atom("agent"), Atom(node))
         answer = await gen_server.call(me, dest, stop, timeout_s=drain_s + END_S)
@@ -56,15 +63,16 @@ async def take_down(me: Process, id_: str, node: str, drain_s: float, books: Pid
 
 
 async def find_out(me: Process, id_: str, node: str, reason: Term, books: Pid) -> None:
-    """Why a group ended."""
+    """Why a group ended. Where its machine goes, membership says what becomes of it."""
     known: Term = Atom("undefined")
-    with contextlib.suppress(gen_server.CallError):
-        asked: Term = (Atom("why"), id_)
-        answer = await gen_server.call(
-            me, (Atom("agent"), Atom(node)), asked, timeout_s=RUNNING_S
-        )
-        if answer[0] == "ok":
+    asked: Term = (Atom("why"), id_)
+    while known == "undefined" and await is_up(me, node):
+        try:
+            dest = (Atom("agent"), Atom(node))
+            answer = await gen_server.node_call(me.node, dest, asked, timeout_s=RUNNING_S)
             known = answer[1]
+        except gen_server.CallError:  # it is being restarted
+            await asyncio.sleep(AGAIN_S)
     me.send(books, (Atom("group_down"), id_, known, reason))
 
 
@@ -83,7 +91,7 @@ async def what_runs(
 
 
 async def take_stock(me: Process, epoch: int, nodes: Sequence[str], books: Pid) -> None:
-    """Ask every machine that is up, those that do not answer again for a while."""
+    """Ask every machine that is up, those that do not answer again for a while; then tell."""
     found: list[Running] = []
     left = list(nodes)
     loop = asyncio.get_running_loop()
@@ -97,9 +105,8 @@ async def take_stock(me: Process, epoch: int, nodes: Sequence[str], books: Pid) 
         left = [node for node, rows in zip(left, answers, strict=True) if rows is None]
         if left:
             await asyncio.sleep(AGAIN_S)
-    me.send(books, (Atom("stock"), epoch, found))
-    for node in left:
-        await welcome(me, node, books)
+    answered: list[Term] = [Atom(node) for node in nodes if node not in left]
+    me.send(books, (Atom("stock"), epoch, found, answered))
 
 
 async def welcome(me: Process, node: str, books: Pid) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY
-from bridge.process import Process
+from bridge.process import Body, Process
 from bridge.show import show
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from control import bring_up, group_orders
 from control.books import RUNNING, Books, Record
+from control.desired import Wanted
 from control.desired_state import DesiredState
 from control.errors import ControlError
 from control.events import publish
@@ -69,6 +70,7 @@ class Instances:
         self.moves = Moves()
         self.turns = Turns(me)
         self.stopping = False  # from then on groups end by no fault of theirs
+        self._helpers: set[Term] = set()
 
     # -- coming up -------------------------------------------------------------------------
 
@@ -169,9 +171,13 @@ class Instances:
         if record is None or record.state == "draining":
             return
         leaving = [one for name in others if (one := self._books.get(name)) is not None]
+        if not leaving:  # they are gone already
+            self.begin(record)
+            return
         for one in leaving:
             log.info("%s makes room for %s", one.id, id_)
-            self._put_off(one, f"it made room for {id_}")
+            if one.state != "draining":
+                self._put_off(one, f"it made room for {id_}")
         self._change(record, record.state, "waits until there is room")
         record.worker = None
         self.waiting_for_room[id_] = {one.id for one in leaving}
@@ -205,7 +211,9 @@ class Instances:
         record = self._books.get(id_)
         if record is None or record.state == "draining":
             return
-        if record.on_demand and not record.ever_ready:
+        if kind == "machine_lost" and record.spec is not None:
+            self.move(record, text)
+        elif record.on_demand and not record.ever_ready:
             self._forget_demand(record, text)
         elif record.reply_to is not None and record.spec is None:
             self._books.remove(id_)  # told to the caller: nothing is left over
@@ -229,22 +237,27 @@ class Instances:
         record.retry = kind in MENDABLE and record.ever_ready
         self._change(record, "failed", text)
         if record.retry:
-            wait_s = max(RETRY_S, self.moves.wait_s(record.id, self._now_s()))
-            self._me.send_after(wait_s, self._me.pid, (Atom("retry"), record.id))
+            self._retry_later(record)
         self._end_group(record)
         if not record.ever_ready and record.epoch <= 1:  # it never worked: not again by itself
             self._desired.save(self._desired.now.remove(record.id))
+
+    def _retry_later(self, record: Record) -> None:
+        wait_s = max(RETRY_S, self.moves.wait_s(record.id, self._now_s()))
+        self._me.send_after(wait_s, self._me.pid, (Atom("retry"), record.id))
 
     def _end_group(self, record: Record) -> None:
         """End what is left of an instance's processes."""
         self._unwatch(record)
         if record.spec is not None:
             node = record.spec.head_node
-            self._me.spawn(
-                lambda me: group_orders.stop_group(me, node, record.id, 0.0),
-                link=True,
-                label=f"end {record.id}",
+            self._help(
+                lambda me: group_orders.stop_group(me, node, record.id, 0.0), f"end {record.id}"
             )
+
+    def _help(self, body: Body, label: str) -> None:
+        """A process that ends with this node's leading."""
+        self._helpers.add(self._me.spawn(body, link=True, label=label))
 
     def _answer_load(self, record: Record, answer: Term) -> None:
         if record.reply_to is not None:
@@ -301,10 +314,9 @@ class Instances:
         self._change(record, "recovering")
         if reason != "noconnection":  # else membership says what becomes of its machine
             node = record.spec.head_node
-            self._me.spawn(
+            self._help(
                 lambda me: group_orders.find_out(me, record.id, node, reason, self._me.pid),
-                link=True,
-                label=f"why {record.id} is down",
+                f"why {record.id} is down",
             )
 
     def on_group_judged(self, id_: str, known: Term, reason: Term) -> None:
@@ -364,14 +376,15 @@ class Instances:
         for record, group in verdict.kept:
             self._unwatch(record)
             self._books.add(record)
-            record.group = self._me.monitor(group)
+            if record.worker is None:  # else it will say so itself
+                record.group = self._me.monitor(group)
             self._me.send((Atom(record.id), Atom(str(group.node))), Atom("announce"))
         for record in verdict.idle:
             self._books.add(record)
             self.start_when_whole(record)
         for one in verdict.surplus:
             log.warning("%s on %s is surplus; it ends", one.spec.id, one.node)
-            self._me.spawn(partial(self._end_surplus, one), link=True, label=f"end {one.spec.id}")
+            self._help(partial(self._end_surplus, one), f"end {one.spec.id}")
 
     async def _end_surplus(self, one: Running, me: Process) -> None:
         await group_orders.stop_group(me, one.node, one.spec.id, DRAIN_S)
@@ -415,30 +428,36 @@ class Instances:
 
     def retry_failed(self, only: str = "") -> None:
         """There are more machines, or there is more room: what waits for that tries again."""
+        now_s = self._now_s()
         for record in self._books:
             if only in ("", record.id) and record.state == "failed" and record.retry:
-                self.moves.note_move(record.id, self._now_s())
-                self.begin_wanted(record)
+                if self.moves.wait_s(record.id, now_s) == 0:
+                    self.moves.note_move(record.id, now_s)
+                    self.begin_wanted(record)
+                elif only:  # the others have a timer that runs
+                    self._retry_later(record)
 
     # -- going -----------------------------------------------------------------------------
 
     def unload(self, id_: str, from_: Term) -> Term:
         """Drain, then end; ``from_`` (or nobody: None) is answered when it is gone."""
         record = self._books.get(id_)
-        if record is None:
+        if record is None and not self._desired.now.has(id_):
             running = ", ".join(self._books.ids()) or "none"
             return (Atom("error"), Atom("not_found"), f"no instance {id_!r}; running: {running}")
-        self._desired.save(self._desired.now.remove(id_))
+        if record is None:  # it was about to be brought up
+            record = Record(id_, "", Wanted(id_, ""), state="unloaded")
+        record.leavers.append(from_)
+        record.unsaved += 1
+        self._desired.save(self._desired.now.remove(id_), partial(self._on_unload_saved, record))
         self.moves.forget(id_)
         record.retry = False
-        if record.state == "draining":
-            record.leavers.append(from_)
+        if record.state in ("draining", "unloaded"):
             return NOREPLY
         if record.reply_to is not None:
             self._answer_load(record, (Atom("error"), Atom("unloaded"), f"{id_} was unloaded"))
         self._end_worker(record)
         self._unwatch(record)
-        record.leavers.append(from_)
         self._change(record, "draining")
         node = record.spec.head_node if record.spec else ""
         reachable = node if node in self._up() else ""
@@ -450,6 +469,23 @@ class Instances:
         self._on_change()
         return NOREPLY
 
+    def _on_unload_saved(self, record: Record, committed: bool) -> None:
+        record.unsaved -= 1
+        if committed:
+            self._answer_leavers(record)
+        else:
+            text = "this machine leads no more; look with `ctl status` whether it is unloaded"
+            self._answer_leavers(record, (Atom("error"), Atom("leader_changed"), text))
+
+    def _answer_leavers(self, record: Record, why_not: Term = None) -> None:
+        """It is unloaded when nothing of it is left, and when no other leader brings it back."""
+        if why_not is None and (record.state == "draining" or record.unsaved):
+            return
+        for from_ in record.leavers:
+            if from_ is not None:
+                gen_server.reply(self._me, from_, why_not or Atom("ok"))
+        record.leavers.clear()
+
     def on_stopped(self, id_: str) -> None:
         """Nothing of it is left."""
         record = self._books.get(id_)
@@ -457,13 +493,11 @@ class Instances:
             if record.retry:
                 record.spec, record.coordinator, record.taken = None, None, {}
                 self._change(record, "failed", record.text)
+                self._retry_later(record)
             else:
                 self._books.remove(id_)
                 self._change(record, "unloaded")
-            for from_ in record.leavers:
-                if from_ is not None:
-                    gen_server.reply(self._me, from_, Atom("ok"))
-            record.leavers.clear()
+            self._answer_leavers(record)
             newcomers = self.turns.left(id_)
             for name in newcomers:
                 if (waiting := self._books.get(name)) and waiting.worker is None:
@@ -474,21 +508,23 @@ class Instances:
 
     def on_worker_exit(self, pid: Term, reason: Term) -> None:
         """A helper ended; one that crashed has told nobody why."""
+        self._helpers.discard(pid)
         record = self._books.first(lambda r: r.worker == pid)
         if record is not None:
             record.worker = None
             self.turns.end(record.id)
             if reason not in ("normal", "killed") and record.state in (*RUNNING, "pulling"):
                 self.on_failed(record.id, "internal_error", f"bringing it up: {show(reason, 500)}")
+            elif reason not in ("normal", "killed") and record.state == "draining":
+                self.on_stopped(record.id)
 
     def drop_all(self, why: str) -> None:
         """Another leads: the books are its own now."""
+        for helper in self._helpers:
+            self._me.exit(helper, Atom("kill"))
         for record in self._books:
             self._answer_load(record, (Atom("error"), Atom("leader_changed"), why))
-            for from_ in record.leavers:
-                if from_ is not None:
-                    answer = (Atom("error"), Atom("leader_changed"), why)
-                    gen_server.reply(self._me, from_, answer)
+            self._answer_leavers(record, (Atom("error"), Atom("leader_changed"), why))
             self._end_worker(record)
             self._unwatch(record)
             self._books.remove(record.id)

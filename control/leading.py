@@ -78,6 +78,7 @@ class Leading:
         self._node = str(me.node.name)
         self._epoch, self._roster = 0, Roster("", (0, 0), ())
         self.complete = False
+        self._reconsiders = False  # soon
         self.instances = Instances(
             me,
             books,
@@ -189,16 +190,23 @@ class Leading:
                 self.instances.unload(record.id, None)
             self._desired.save(self._desired.now.without_models())
 
-    def on_wishes(self, document: Document) -> None:
-        """What a cluster wanted that has become part of this one; it mostly runs already."""
+    def on_wishes(self, document: Document, taken: Callable[[], None]) -> None:
+        """What a cluster wanted that has become part of this one; it mostly runs already.
+
+        Args:
+            taken: called when that outlives this leader, or cannot be read at all.
+        """
         try:
             merged = self._desired.now.merged(desired_of(document))
         except (ValueError, BadOption) as exc:
             log.error("the desired state of a machine that joined cannot be read: %s", exc)
+            taken()
             return
         if merged is self._desired.now:
+            if not self._desired.busy:  # else it may be what is being saved
+                taken()
             return
-        self._desired.save(merged)
+        self._desired.save(merged, lambda committed: taken() if committed else None)
         wanted_of = {wanted.id: wanted for wanted in merged.wanted}
         for record in self._books:
             if record.on_demand and record.id in wanted_of:
@@ -224,8 +232,8 @@ class Leading:
                 self._better(id_, text_of(text))
             case ("retry", str(id_)) if self.complete:
                 instances.retry_failed(id_)
-            case ("stock", int(epoch), list(running)):
-                self._on_stock(epoch, running)
+            case ("stock", int(epoch), list(running), list(answered)):
+                self._on_stock(epoch, running, {text_of(node) for node in answered})
             case ("joined", node, list(running)):
                 self._on_joined(text_of(node), running)
             case ("lost", node):
@@ -267,24 +275,30 @@ class Leading:
         """A machine came: what does it run?"""
         self.instances.moves.note_up(node, self._now_s())
         if self.complete:
-            work = partial(group_orders.welcome, node=node, books=self._me.pid)
-            self._spawn(work, f"what runs on {node}")
+            self._welcome(node)
 
     def node_down(self, node: str) -> None:
         """A machine went: for good?"""
         self.instances.moves.note_down(node)
         if self.complete:
-            work = partial(group_orders.judge, node=node, books=self._me.pid)
-            self._spawn(work, f"is {node} gone")
+            self._judge(node)
+
+    def _welcome(self, node: str) -> None:
+        work = partial(group_orders.welcome, node=node, books=self._me.pid)
+        self._spawn(work, f"what runs on {node}")
+
+    def _judge(self, node: str) -> None:
+        work = partial(group_orders.judge, node=node, books=self._me.pid)
+        self._spawn(work, f"is {node} gone")
 
     def _on_joined(self, node: str, running: list[Running]) -> None:
-        if not self.complete or node not in self._up:
+        if not self.complete or node not in self._machines():
             return
         known = {record.id: record for record in self._books}
         self.instances.take_up(reconcile(running, self._desired.now, known))
         self.instances.on_joined(node, running)
         self.instances.retry_failed()
-        self._me.send_after(STABLE_S, self._me.pid, (Atom("reconsider"),))
+        self._reconsider_in(STABLE_S)
 
     # -- beginning and ending to lead ------------------------------------------------------
 
@@ -305,18 +319,25 @@ class Leading:
             self.instances.drop_all(why)
         self._epoch, self.complete = 0, False
 
-    def _on_stock(self, epoch: int, running: list[Running]) -> None:
-        """The books are opened with what runs."""
+    def _on_stock(self, epoch: int, running: list[Running], answered: set[str]) -> None:
+        """The books are opened with what runs on the machines that ``answered``."""
         if not self._epoch or self.complete:
             return
-        if epoch != self._epoch:
-            self.on_ready()  # a newer epoch of this node: as things are now
+        if epoch != self._epoch:  # a newer epoch of this node: as things are now
+            if self._desired.ready:
+                self.on_ready()
             return
         self.complete = True
         known = {record.id: record for record in self._books}
         self.instances.take_up(reconcile(running, self._desired.now, known))
         self._on_open()
-        if self._roster.everyone <= set(self._machines()):
+        machines = set(self._machines())
+        for node in machines - answered:  # it came meanwhile, or is slow
+            self._welcome(node)
+        held = {node for record in self._books if record.spec for node in record.spec.nodes}
+        for node in held - machines:  # it went meanwhile
+            self._judge(node)
+        if self._roster.everyone <= answered:
             self._begin_missing(epoch)
         else:  # machines of before may be about to come, with what they run
             self._me.send_after(SETTLE_S, self._me.pid, (Atom("settled"), epoch))
@@ -339,18 +360,27 @@ class Leading:
     def _move(self, id_: str, why: str) -> None:
         """An instance that moved often has waited; it may be well again meanwhile."""
         record = self._books.get(id_) if self.complete else None
-        waits = record is not None and record.spec is not None and record.coordinator is None
-        if record is not None and waits and record.state == "recovering":
+        if record is None or record.spec is None or record.state != "recovering":
+            return
+        whole = set(record.spec.nodes) <= set(self._machines())
+        if not whole or (record.coordinator is None and record.worker is None):
             self.instances.move(record, why)
+
+    def _reconsider_in(self, wait_s: float) -> None:
+        """Once, however many machines come."""
+        if not self._reconsiders:
+            self._reconsiders = True
+            self._me.send_after(wait_s, self._me.pid, (Atom("reconsider"),))
 
     def _reconsider(self) -> None:
         """Machines came: is there a better place for what runs?"""
+        self._reconsiders = False
         if not self.complete:
             return
         moves = self.instances.moves
         wait_s = moves.settles_in_s(self._now_s())
         if wait_s > 0:
-            self._me.send_after(wait_s, self._me.pid, (Atom("reconsider"),))
+            self._reconsider_in(wait_s)
             return
         for record in self._books:
             if self._may_grow(record) and record.spec is not None:

@@ -36,7 +36,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -70,6 +70,7 @@ ORDERS: Final = frozenset(
     {"load", "unload", "set_default", "replace_default", "add_key", "revoke_key"}
 )
 QUESTIONS: Final = frozenset({"place", "instances"})
+NOT_LEADER: Final = Atom("not_leader")
 _OK, _ERROR = Atom("ok"), Atom("error")
 
 
@@ -78,7 +79,7 @@ class _Early:
     """A request that waits for a leader, or for its books."""
 
     request: Term
-    from_: Term
+    from_: Any
     since_s: float
 
 
@@ -174,7 +175,7 @@ class Scheduler(GenServer):
 
     # -- calls -----------------------------------------------------------------------------
 
-    async def handle_call(self, request: Term, from_: Term) -> Term:
+    async def handle_call(self, request: Term, from_: Any) -> Term:
         match request:
             case "wanted":
                 return [(w.id, w.model) for w in self._desired.now.wanted]
@@ -196,7 +197,9 @@ class Scheduler(GenServer):
             return (_ERROR, Atom("unknown_call"), f"scheduler: {show(request)}")
         if self._leading.complete:
             return _guarded(lambda: self._leading.handle(request, from_))
-        self._early.append(_Early(self._written_out(request), from_, self._now_s()))
+        if from_[0].node == self.me.node.name:
+            request = self._written_out(request)
+        self._early.append(_Early(request, from_, self._now_s()))
         self._serve_early()
         return NOREPLY
 
@@ -255,6 +258,9 @@ class Scheduler(GenServer):
                 answer = _guarded(partial(self._leading.handle, one.request, one.from_))
                 if answer is not NOREPLY:
                     gen_server.reply(self.me, one.from_, answer)
+            elif one.from_[0].node != self.me.node.name:  # else it might go round for ever
+                text = f"not this machine but {self._leader} leads"
+                gen_server.reply(self.me, one.from_, (_ERROR, NOT_LEADER, text))
             else:
                 self._spawn(partial(self._forward, one, self._elsewhere), "ask the leader")
 
@@ -264,11 +270,16 @@ class Scheduler(GenServer):
             answer = await gen_server.node_call(me.node, dest, one.request, timeout_s=FORWARD_S)
         except gen_server.CallError as exc:
             if one.request == "instances" or one.request[0] in QUESTIONS:
-                me.send(self.me.pid, (Atom("ask_again"), one))
+                again = replace(one, since_s=self._now_s())  # from now on it waits for a leader
+                me.send(self.me.pid, (Atom("ask_again"), again))
                 return
             text = f"the leader {leader} was lost while it worked on this ({exc}); see `ctl status`"
             answer = (_ERROR, Atom("leader_lost"), text)
-        gen_server.reply(me, one.from_, answer)
+        match answer:
+            case ("error", "not_leader", _):  # nothing was done
+                me.send(self.me.pid, (Atom("ask_again"), one))
+            case _:
+                gen_server.reply(me, one.from_, answer)
 
     def _expire_early(self) -> None:
         early, self._early = self._early, []
@@ -295,7 +306,7 @@ class Scheduler(GenServer):
 
     async def handle_info(self, message: Term) -> None:
         match message:
-            case ("instance", id_, state, Pid() as pid, int(epoch), text, dict(known)):
+            case ("instance", id_, str(state), Pid() as pid, int(epoch), text, dict(known)):
                 self._on_instance(text_of(id_), str(state), pid, epoch, text_of(text), known)
             case ("routes", Pid() as asker):
                 for route in self._routes:
@@ -311,15 +322,16 @@ class Scheduler(GenServer):
                 self._desired.hear(text_of(sender), term, leader=self._leader, epoch=self._epoch)
             case ("wishes", Pid() as sender, (int(epoch), int(version)), body):
                 if self._leading.complete:
-                    self._leading.on_wishes(Document((epoch, version), body))
-                    self.me.send(sender, (Atom("wishes_taken"), (epoch, version)))
+                    taken: Term = (Atom("wishes_taken"), (epoch, version))
+                    done = partial(self.me.send, sender, taken)
+                    self._leading.on_wishes(Document((epoch, version), body), done)
             case ("wishes_taken", stamp):
-                if self._wishes is not None and self._wishes.stamp == stamp:
-                    self._wishes = None
+                self._wishes_taken(stamp)
             case ("relayed", target, answer):
                 self._finder.on_relayed(text_of(target), answer)
             case ("ask_again", _Early() as one):
                 self._early.append(one)  # the tick looks after it
+                self._expire_early()
             case ("tick",):
                 self._tick()
             case ("DOWN", Ref() as monitor, _, _, reason):
@@ -412,11 +424,15 @@ class Scheduler(GenServer):
         if self._wishes is None:
             return
         if self._leading.complete:
-            self._leading.on_wishes(self._wishes)
-            self._wishes = None
+            done = partial(self._wishes_taken, self._wishes.stamp)
+            self._leading.on_wishes(self._wishes, done)
         elif self._elsewhere:
             told = (Atom("wishes"), self.me.pid, self._wishes.stamp, self._wishes.body)
             self.me.send((Atom("scheduler"), Atom(self._elsewhere)), told)
+
+    def _wishes_taken(self, stamp: Term) -> None:
+        if self._wishes is not None and self._wishes.stamp == stamp:
+            self._wishes = None
 
     def _on_ready(self) -> None:
         version = self._desired.now.version

@@ -148,7 +148,8 @@ class Agent(GenServer):
 
     Attributes:
         started, stopped: ids of orders, the first first.
-        deaf: orders to start are not answered.
+        deaf: nothing is answered until ``hear_again``; a start is not even done.
+        refuses: starts fail.
         known: what it says to ``why``.
     """
 
@@ -158,14 +159,19 @@ class Agent(GenServer):
         self.started: list[InstanceSpec] = []
         self.stopped: list[tuple[str, float]] = []
         self.deaf = False
+        self.asked: list[tuple[Term, Any]] = []  # what was not answered
+        self.refuses = False
         self.known: dict[Any, Term] = {}
 
     async def handle_call(self, request: Term, from_: Term) -> Term:
+        if self.deaf:
+            self.asked.append((request, from_))
+            return NOREPLY
         match request:
+            case ("start", *_) if self.refuses:
+                return (A("error"), A("start_failed"), "the test says no")
             case ("start", _, int(), term):
-                spec = spec_of(term)
-                self.started.append(spec)
-                return NOREPLY if self.deaf else (A("ok"), await self.begin(spec))
+                return (A("ok"), await self.begin(spec_of(term)))
             case ("stop", _, int(), id_, float(drain_s), *_):
                 self.stopped.append((text_of(id_), drain_s))
                 self.end(text_of(id_), A("shutdown"))
@@ -185,7 +191,17 @@ class Agent(GenServer):
             case _:
                 return await super().handle_call(request, from_)
 
+    async def handle_info(self, message: Term) -> None:
+        self.deaf, asked = False, self.asked
+        self.asked = []
+        for request, from_ in asked:
+            gen_server.reply(self.me, from_, await self.handle_call(request, from_))
+
+    def hear_again(self) -> None:
+        self.me.send(self.me.pid, A("hear_again"))
+
     async def begin(self, spec: InstanceSpec) -> Pid:
+        self.started.append(spec)
         one = Coordinator(spec)
         await gen_server.start(self.me.node, one, name=spec.id)
         group = self.me.node.spawn(_wait, label="group")
@@ -279,7 +295,11 @@ class LabMachine:
         """Call the scheduler; the first word is an atom."""
         term: Term = tuple(A(request[0]) if n == 0 else part for n, part in enumerate(request))
         plain = A(request[0]) if len(request) == 1 else term
-        return await gen_server.node_call(self.node, A("scheduler"), plain, timeout_s=timeout_s)
+        to = A("scheduler")
+        answer: Any = await gen_server.node_call(self.node, to, plain, timeout_s=timeout_s)
+        if isinstance(answer, tuple):  # text that has travelled is a binary
+            return tuple(text_of(part) if isinstance(part, bytes) else part for part in answer)
+        return answer
 
     def tell(self, message: Term) -> None:
         with self.node.open_process(label="test") as me:
@@ -292,6 +312,15 @@ class LabMachine:
     def state(self) -> Any:
         """What the scheduler shows of itself."""
         return self.scheduler.format_state()
+
+    def known_states(self) -> list[tuple[str, str]]:
+        """What its books say, without asking."""
+        return [(record.id, record.state) for record in self.scheduler.books]
+
+    def text_of(self, id_: str) -> str:
+        """What its books say of an instance."""
+        record = self.scheduler.books.get(id_)
+        return record.text if record else ""
 
     def tick(self) -> None:
         self.tell((A("tick"),))
@@ -344,6 +373,18 @@ class Lab:
             assert await one.node.connect(b, address=other.node.address, timeout_s=5)
         one.membership.note("node_up", b)
         other.membership.note("node_up", a)
+
+    def cut_off(self, name: str) -> None:
+        """No machine sees it any more, and it sees none."""
+        for other in self.machines:
+            if other != name:
+                self.part(name, other)
+
+    async def come_back(self, name: str) -> None:
+        """All see it again."""
+        for other in self.machines:
+            if other != name:
+                await self.meet(name, other)
 
     def part(self, a: str, b: str) -> None:
         """The connection is cut, and membership says so."""
