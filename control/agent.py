@@ -3,23 +3,29 @@
 ==============================================  ==============================================
 call ``{start, Leader, Epoch, Spec}``           ``{ok, GroupPid}`` | ``{error, Kind, Text}``
 call ``{stop, Leader, Epoch, Id, DrainS}``      ``ok`` once nothing of it is left
+call ``{stop, ..., DrainS, GroupPid}``          likewise, of this group alone: another that was
+                                                started meanwhile goes on
 call ``running``                                list of maps: ``spec, group, epoch``; ``group`` is
                                                 ``undefined`` where a former life of the control
                                                 process had one whose ports still hold weights
-call ``{why, Id}``                              ``{ok, #{alone, exhausted, epoch, last_error}}``:
-                                                how a group came to its end
+call ``{why, Id}``                              ``{ok, #{alone, ordered, exhausted, epoch,
+                                                last_error}}``: how a group came to its end;
+                                                ``ordered``: a leader wished it
 ==============================================  ==============================================
 
 ``Epoch`` is the leader's: one that is over is refused (``old_epoch``), by what the ``election`` of
-this machine knows. A group lives on its head's machine, under ``instance_sup``, and outlives the
-leader. Each order runs in a process of its own, so that this one always answers.
+this machine knows when its turn comes. A group lives on its head's machine, under ``instance_sup``,
+and outlives the leader. Each order runs in a process of its own, so that this one always answers;
+those about one instance come after each other, as they were sent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -58,7 +64,10 @@ class Agent(GenServer):
         super().__init__()
         self._limits = limits
         self._record = GroupRecord(record_path)
-        self._histories: dict[str, History] = {}
+        self._histories: dict[str, History] = {}  # of groups that were not ended by order
+        self._askers: dict[Term, Term] = {}  # job -> who waits for its answer
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._queued: Counter[str] = Counter()
 
     def format_state(self) -> Term:
         return {id_: history.epoch for id_, history in self._histories.items()}
@@ -74,12 +83,12 @@ class Agent(GenServer):
                     spec = spec_of(term)
                 except ValueError as exc:
                     return (_ERROR, Atom("bad_spec"), str(exc))
-                job = partial(self._start, spec)
-                return self._run(self._obey(leader, epoch, job), from_, f"start {spec.id}")
-            case ("stop", leader, int(epoch), id_, int() | float() as drain_s):
+                order = self._obey(leader, epoch, spec.id, partial(self._start, spec))
+                return self._run(order, from_, f"start {spec.id}")
+            case ("stop", leader, int(epoch), id_, int() | float() as drain_s, *group):
                 name = text_of(id_)
-                job = partial(self._stop, name, float(drain_s))
-                return self._run(self._obey(leader, epoch, job), from_, f"stop {name}")
+                job = partial(self._stop, name, float(drain_s), group[0] if group else None)
+                return self._run(self._obey(leader, epoch, name, job), from_, f"stop {name}")
             case "running":
                 return self._run(self._running, from_, "what runs here")
             case ("why", id_):
@@ -89,8 +98,11 @@ class Agent(GenServer):
 
     async def handle_info(self, message: Term) -> None:
         match message:
-            case ("EXIT", _, _):
-                pass  # a job has ended; it has answered
+            case ("EXIT", job, reason):
+                from_ = self._askers.pop(job, None)
+                if from_ is not None:  # it crashed
+                    text = f"an order ended with {show(reason, 500)}"
+                    gen_server.reply(self.me, from_, (_ERROR, Atom("internal_error"), text))
             case _:
                 await super().handle_info(message)
 
@@ -100,30 +112,46 @@ class Agent(GenServer):
                 answer = await job(me)
             except gen_server.CallError as exc:
                 answer = (_ERROR, Atom("internal_error"), f"{label}: {exc}")
+            self._askers.pop(me.pid, None)
             gen_server.reply(me, from_, answer)
 
-        self.me.spawn(run, link=True, label=label)
+        self._askers[self.me.spawn(run, link=True, label=label)] = from_
         return NOREPLY
 
-    def _obey(self, leader: Term, epoch: int, job: Job) -> Job:
+    def _obey(self, leader: Term, epoch: int, id_: str, job: Job) -> Job:
         async def checked(me: Process) -> Term:
-            asked: Term = (Atom("obey"), leader, epoch)
-            answer = await gen_server.call(me, Atom("election"), asked, timeout_s=ASK_S)
-            return await job(me) if answer == "ok" else answer
+            async with self._turn(id_):
+                asked: Term = (Atom("obey"), leader, epoch)
+                answer = await gen_server.call(me, Atom("election"), asked, timeout_s=ASK_S)
+                return await job(me) if answer == "ok" else answer
 
         return checked
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, id_: str) -> AsyncIterator[None]:
+        """One at a time, first come, first served."""
+        lock = self._turns.setdefault(id_, asyncio.Lock())
+        self._queued[id_] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._queued[id_] -= 1
+            if not self._queued[id_]:
+                del self._queued[id_], self._turns[id_]
 
     # -- orders ----------------------------------------------------------------------------
 
     async def _start(self, spec: InstanceSpec, me: Process) -> Term:
         """Start a group; one of the same id that is another is ended first."""
+        if spec.head_node != me.node.name:
+            return (_ERROR, Atom("bad_spec"), f"the head of {spec.id} is on {spec.head_node}")
         await wait_for_names(me, _TREE)
-        for one in await self._groups(me):
-            if one["id"] != spec.id:
-                continue
+        for one in await self._groups(me, only=spec.id):
             if one["spec"] == spec:
+                self._histories[spec.id] = one["history"]
                 return (_OK, one["group"])
-            await self._stop(spec.id, 0.0, me)
+            await self._stop(spec.id, 0.0, None, me)
         history = self._histories[spec.id] = History(epoch=spec.first_epoch)
         self._record.add(spec)
         child = instance_child(spec, history, self._limits)
@@ -135,8 +163,10 @@ class Agent(GenServer):
                 text = history.last_error or show(other, 500)
                 return (_ERROR, Atom("start_failed"), f"its processes did not start: {text}")
 
-    async def _stop(self, id_: str, drain_s: float, me: Process) -> Term:
-        """Let active requests finish for ``drain_s``, then end the group."""
+    async def _stop(self, id_: str, drain_s: float, only: Term, me: Process) -> Term:
+        """Let active requests finish for ``drain_s``, then end the group; None: whichever it is."""
+        if only is not None and me.node.whereis(f"{id_}_sup") != only:
+            return _OK
         self._record.remove(id_)
         coordinator = me.node.whereis(id_)
         if coordinator is not None and drain_s > 0:
@@ -158,6 +188,7 @@ class Agent(GenServer):
                     )
         except gen_server.CallError:
             pass  # instance_sup is ending, and its children with it
+        self._histories.pop(id_, None)
         return _OK
 
     # -- questions -------------------------------------------------------------------------
@@ -169,7 +200,8 @@ class Agent(GenServer):
         for one in groups:
             spec, history = one["spec"], one["history"]
             if spec is None:  # in trouble: ended here, begun anew from the desired state
-                await self._stop(one["id"], 0.0, me)
+                async with self._turn(one["id"]):
+                    await self._stop(one["id"], 0.0, one["group"], me)
                 continue
             self._histories[spec.id] = history
             self._record.add(spec)
@@ -188,16 +220,16 @@ class Agent(GenServer):
         held = {text_of(port["instance"]) for port in ports if port["adopted"]}
         return [spec for id_, spec in self._record.former.items() if id_ in held]
 
-    async def _groups(self, me: Process) -> list[dict[str, Any]]:
-        """Each group; without a spec where its coordinator cannot say what it is."""
+    async def _groups(self, me: Process, *, only: str = "") -> list[dict[str, Any]]:
+        """Each group, or one; without a spec where its coordinator cannot say what it is."""
         children = await gen_server.call(
             me, Atom("instance_sup"), Atom("which_children"), timeout_s=START_S
         )
         found = []
         for id_, group, _, _ in children:
-            if not isinstance(group, Pid):
-                continue
             name = text_of(id_)
+            if not isinstance(group, Pid) or only not in ("", name):
+                continue
             row: dict[str, Any] = {"id": name, "group": group, "spec": None, "history": None}
             await wait_for_names(me, (name,), timeout_s=ASK_S)
             with contextlib.suppress(gen_server.CallError):
@@ -208,6 +240,8 @@ class Agent(GenServer):
 
     async def _why(self, id_: str, me: Process) -> Term:
         """An ending supervisor answers nothing until it is gone: so either way it is found out."""
+        async with self._turn(id_):  # an order that ends it is done by then
+            ordered = id_ not in self._histories
         history = self._histories.get(id_, History())
         try:
             await gen_server.call(
@@ -220,6 +254,7 @@ class Agent(GenServer):
             _OK,
             {
                 Atom("alone"): alone,
+                Atom("ordered"): ordered,
                 Atom("exhausted"): history.exhausted(),
                 Atom("epoch"): history.epoch,
                 Atom("last_error"): history.last_error,

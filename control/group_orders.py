@@ -35,8 +35,14 @@ UNSURE_S: Final = 20.0  # that a stop waits for a leader which is unsure for a w
 GRACE_S: Final = 4.0  # in which a control process that was killed is back
 
 
-async def stop_group(me: Process, node: str, id_: str, drain_s: float) -> None:
-    """Drain and end a group where ``node`` obeys; what cannot be reached is taken up later."""
+async def stop_group(
+    me: Process, node: str, id_: str, drain_s: float, *, only: Pid | None = None
+) -> None:
+    """Drain and end a group where ``node`` obeys; what cannot be reached is taken up later.
+
+    Args:
+        only: the group that is meant, where another may have its place by then.
+    """
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + UNSURE_S
     with contextlib.suppress(gen_server.CallError):
@@ -48,7 +54,8 @@ async def stop_group(me: Process, node: str, id_: str, drain_s: float) -> None:
                 log.warning("%s goes on at %s: this node may not stop it", id_, node)
                 return
             await asyncio.sleep(AGAIN_S)
-        stop: Term = (Atom("stop"), me.node.name, right[1], id_, float(drain_s))
+        which = () if only is None else (only,)
+        stop: Term = (Atom("stop"), me.node.name, right[1], id_, float(drain_s), *which)
         dest = (Atom("agent"), Atom(node))
         answer = await gen_server.call(me, dest, stop, timeout_s=drain_s + END_S)
         if answer != "ok":

@@ -331,6 +331,8 @@ class Instances:
             case {"alone": False}:
                 log.warning("instance %s went down with instance_sup; it starts again", id_)
                 self.start_again(record)
+            case {"ordered": True}:
+                self.move(record, "an earlier leader ended it")
             case {"exhausted": bool(exhausted), "epoch": int(epoch), "last_error": last_error}:
                 record.epoch = max(record.epoch, epoch)
                 if missing:
@@ -387,7 +389,7 @@ class Instances:
             self._help(partial(self._end_surplus, one), f"end {one.spec.id}")
 
     async def _end_surplus(self, one: Running, me: Process) -> None:
-        await group_orders.stop_group(me, one.node, one.spec.id, DRAIN_S)
+        await group_orders.stop_group(me, one.node, one.spec.id, DRAIN_S, only=one.group)
         record = self._books.get(one.spec.id)
         if record is not None and record.coordinator is not None:
             me.send(record.coordinator, Atom("announce"))  # some have heard of the other only

@@ -268,3 +268,17 @@ async def test_a_machine_that_is_lost_while_it_starts_something_costs_no_load(
         made.part(N1, lost)
         assert await at(made, "tiny-1") == other
         assert [w.id for w in read_desired(made[other].desired_path).wanted] == ["tiny-1"]
+
+
+@in_loop
+async def test_what_an_earlier_leader_ended_is_placed_anew(tmp_path: Path) -> None:
+    """It drained an instance to move it, and was lost; the next one found it running."""
+    async with lab(tmp_path, {N1: 10**6, N2: ROOM}, leader=N1) as made:
+        await made[N1].ask("load", "tiny", {})
+        assert await at(made, "tiny-1") == N2
+        agent = made[N2].agent
+        agent.known = {A("alone"): True, A("ordered"): True}
+        agent.end("tiny-1", A("shutdown"))
+        await until(lambda: len(agent.started) == 2)
+        assert await at(made, "tiny-1") == N2
+        assert agent.started[1].first_epoch == 2
