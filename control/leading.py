@@ -353,6 +353,7 @@ class Leading:
             if idle and record.state == "recovering" and record.coordinator is None:
                 missing.append(record)
         for record in sorted(missing, key=lambda r: -r.wanted.options.priority):
+            record.epoch = max(record.epoch, self._routes.newest(record.id))
             self.instances.begin_wanted(record)
 
     # -- moving and growing ----------------------------------------------------------------

@@ -98,7 +98,8 @@ def reconcile(running: Iterable[Running], desired: Desired, known: Mapping[str, 
             ever_ready=True,
         )
         record.state = "recovering"
-        record.epoch, record.spec = max(record.epoch, one.epoch), one.spec
+        # Not the epoch of a place that was looked for and not found: this one's words count.
+        record.epoch, record.spec = one.epoch, one.spec
         record.taken = taken_by(one.spec)
         if one.group is None:
             found.idle.append(record)

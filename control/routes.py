@@ -40,6 +40,7 @@ class Routes:
     def __init__(self, me: Process) -> None:
         self._me = me
         self._routes: dict[str, Route] = {}
+        self._newest: dict[str, int] = {}
         self._turn = 0
 
     def __iter__(self) -> Iterator[Route]:
@@ -59,7 +60,12 @@ class Routes:
                 self._me.demonitor(known.watch)
             watch = self._me.monitor(pid)
         self._routes[id_] = Route(id_, model, state, pid, epoch, watch, context_tokens)
+        self._newest[id_] = max(epoch, self.newest(id_))
         return True
+
+    def newest(self, id_: str) -> int:
+        """The newest epoch that was heard of, also where it has no route any more; 0 for none."""
+        return self._newest.get(id_, 0)
 
     def down(self, watch: Ref) -> Route | None:
         """A monitor fired: the route that ends with it."""

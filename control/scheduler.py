@@ -63,6 +63,7 @@ from control.routes import Routes
 TICK_S: Final = 1.0
 LEADER_S: Final = 15.0  # that a question for the leader waits for one
 FORWARD_S: Final = 1800.0
+LOOK_S: Final = 2.0  # that somebody who looks at what runs waits for a leader that says nothing
 ASK_S: Final = 5.0
 MERGE_S: Final = 60.0  # from the end of its leading until a cluster is part of another
 # What the leader answers. A question may be asked twice, should the first leader be lost.
@@ -266,8 +267,9 @@ class Scheduler(GenServer):
 
     async def _forward(self, one: _Early, leader: str, me: Process) -> None:
         dest = (Atom("scheduler"), Atom(leader))
+        timeout_s = LOOK_S if one.request == "instances" else FORWARD_S
         try:
-            answer = await gen_server.node_call(me.node, dest, one.request, timeout_s=FORWARD_S)
+            answer = await gen_server.node_call(me.node, dest, one.request, timeout_s=timeout_s)
         except gen_server.CallError as exc:
             if one.request == "instances" or one.request[0] in QUESTIONS:
                 again = replace(one, since_s=self._now_s())  # from now on it waits for a leader
@@ -329,6 +331,8 @@ class Scheduler(GenServer):
                 self._wishes_taken(stamp)
             case ("relayed", target, answer):
                 self._finder.on_relayed(text_of(target), answer)
+            case ("ask_again", _Early("instances") as one):
+                gen_server.reply(self.me, one.from_, self._routed())
             case ("ask_again", _Early() as one):
                 self._early.append(one)  # the tick looks after it
                 self._expire_early()

@@ -29,6 +29,10 @@ ANTHROPIC_KIND_BY_STATUS: Final = {  # where it has another name
     503: "overloaded_error",
 }
 
+# Kinds of errors while the cluster elects a leader, and how long an election takes, seconds.
+LEADERLESS: Final = frozenset({"no_leader", "no_authority", "leader_lost", "leader_changed"})
+ELECTION_S: Final = 4
+
 CODE_BY_FAULT: Final = {  # pydantic's error types that have a better known name
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
@@ -116,6 +120,9 @@ def from_exception(exc: Exception) -> ApiError | None:
             wait_s = max(1, math.ceil(exc.retry_after_s))
             headers = {"Retry-After": str(wait_s)}
             return ApiError(503, str(exc), param="model", code=exc.kind, headers=headers)
+        case ControlError() if exc.kind in LEADERLESS:
+            headers = {"Retry-After": str(ELECTION_S)}
+            return ApiError(503, str(exc), code=exc.kind, headers=headers)
         case ControlError():
             status = 404 if exc.kind == "not_found" else 400
             return ApiError(status, str(exc), code=exc.kind)
