@@ -34,6 +34,19 @@ class BadLogits(ComputeError):
         )
 
 
+class GrammarFailed(ComputeError):
+    """An answer cannot go on within the form that was asked of it; ends one request."""
+
+    kind = "grammar_failed"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"the grammar of this request cannot go on: {self.why}"
+
+
 class PeerLost(ComputeError):
     """A rank of the group ended or fell silent; the group is of no more use, its epoch is over.
 

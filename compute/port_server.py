@@ -25,6 +25,9 @@ sends ``{load_progress, Port, Done, Total}``            to the owner
 one, and says which group of ranks it is loaded in already (empty text: none). Requests go to the
 head of a mesh alone. A requester is monitored: when it dies, its requests are cancelled.
 
+``grammar => #{kind, text}`` in a submit constrains its answer (``models/constraint.py``). It is
+compiled on a thread of its own before the request joins the batch, so that no stream waits for it.
+
 A port does not listen: ``dial`` makes it connect to a node that has something to say to it.
 """
 
@@ -35,6 +38,7 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -45,14 +49,17 @@ from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
 from bridge.text import text_of
 from compute.engine_thread import EngineThread, Event
-from compute.errors import BadRequest
+from compute.errors import BadRequest, GrammarFailed
 from compute.follower import Follower
+from compute.grammar_thread import GrammarThread
 from compute.places import Listeners, place_term
 from compute.port_chores import dial, import_engine, import_network
 from compute.requests import LoadOrder, to_submit
-from compute.worker import Token, Worker
+from compute.worker import Done, Submit, Token, Worker
+from models.errors import ModelError
 
 if TYPE_CHECKING:
+    from compute.grammar import Grammars
     from compute.loading import Loaded
 
 log = logging.getLogger("compute.port")
@@ -86,6 +93,7 @@ class PortServer(GenServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: Listeners | None = None
         self._loaded: Loaded | None = None
+        self._grammar_thread = GrammarThread(self._make_grammars)
 
     async def init(self, me: Process) -> None:
         self._loop = asyncio.get_running_loop()
@@ -152,6 +160,7 @@ class PortServer(GenServer):
     async def terminate(self, reason: Term) -> None:
         if self._listeners is not None:
             self._listeners.close()
+        self._grammar_thread.close()
         if self._loaded is not None:
             left = asyncio.wrap_future(self._thread.run(self._leave))
             await asyncio.wait({left}, timeout=LEAVE_S)  # a step may take longer than we have
@@ -288,7 +297,35 @@ class PortServer(GenServer):
             return
         log.debug("%s admitted", text_of(options.get("request_id", "")))
         self._live[ref] = _Live(requester, self.me.monitor(requester))
-        self._thread.submit(request)
+        if request.constraint is None or self._loaded is None:
+            self._thread.submit(request)
+        else:
+            self._compile(ref, request)
+
+    def _compile(self, ref: Ref, request: Submit) -> None:
+        """Let the request join once its grammar is ready, if it is still wanted then."""
+
+        def compiled(done: asyncio.Future[Submit]) -> None:
+            if ref not in self._live or done.cancelled():
+                return
+            error = done.exception()
+            if error is None:
+                self._thread.submit(done.result())
+                return
+            known = isinstance(error, ModelError | GrammarFailed)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            self._deliver([Done(ref, "error", text)])
+
+        asyncio.wrap_future(self._grammar_thread.compile(request)).add_done_callback(compiled)
+
+    def _make_grammars(self) -> Grammars:
+        """Runs on the grammars' thread."""
+        from compute.grammar import Grammars
+        from models.checkpoint import open_checkpoint
+
+        assert self.order is not None  # a request is compiled only for a loaded model
+        checkpoint = open_checkpoint(Path(self.order.path))
+        return Grammars(checkpoint.tokenizer(), checkpoint.spec.vocab_size)
 
     def _cancel(self, ref: Ref) -> None:
         live = self._live.pop(ref, None)

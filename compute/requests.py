@@ -16,6 +16,7 @@ from bridge.text import text_of
 from compute.errors import BadRequest
 from compute.sampler import SamplingParams
 from compute.worker import Submit
+from models.constraint import KINDS, Constraint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,7 @@ class _SubmitOrder:
     seed: int = 0
     stop_ids: tuple[int, ...] | list[int] = ()
     logprobs: int = -1  # -1: none wanted
+    grammar: dict[Any, Term] = field(default_factory=dict)  # kind, text; empty: any answer
 
 
 def to_submit(ref: Ref, options: Mapping[Any, Term]) -> Submit:
@@ -135,13 +137,25 @@ def to_submit(ref: Ref, options: Mapping[Any, Term]) -> Submit:
         ),
         stop_ids=frozenset(o.stop_ids),
         logprobs=None if o.logprobs < 0 else o.logprobs,
+        constraint=_constraint(o.grammar) if o.grammar else None,
     )
+
+
+def _constraint(given: Mapping[Any, Term]) -> Constraint:
+    unknown = {str(key) for key in given} - {"kind", "text"}
+    if unknown:
+        raise BadRequest(f"grammar: unknown key {min(unknown)!r}")
+    kind, text = str(given.get("kind", "")), given.get("text", "")
+    if kind not in KINDS or not isinstance(text, str | bytes):
+        raise BadRequest(f"grammar: expected a kind of {', '.join(KINDS)} and a text")
+    return Constraint(kind, text_of(text))  # type: ignore[arg-type]  # one of KINDS
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str, bytes),
     "int": (int,),
     "float": (int, float),
+    "dict[Any, Term]": (dict,),
 }
 
 

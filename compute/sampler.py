@@ -3,8 +3,10 @@
 Randomness is counter based: the Philox generator keyed by ``(seed, index)`` gives the one number
 that token ``index`` needs. So a token depends neither on the batch it rode in nor on a restart.
 
-Order of the steps: logit bias, penalties, temperature, top-k, top-p, min-p, draw. Log-probabilities
-are those of the model itself: log-softmax of the raw logits, before any of these steps.
+Order of the steps: logit bias, penalties, mask of the grammar, temperature, top-k, top-p, min-p,
+draw. Log-probabilities are those of the model itself: log-softmax of the raw logits, before any of
+these steps. So under a grammar they say what the model wanted, and the likeliest tokens may be some
+that the mask forbids.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ def sample(
     index: int,
     *,
     logprobs: int | None = None,
+    allowed: npt.NDArray[np.bool_] | None = None,
 ) -> Sampled:
     """Draw token ``index`` of an answer.
 
@@ -94,6 +97,7 @@ def sample(
         generated_ids: used by the penalties.
         index: which token of the answer this is, counted from 0.
         logprobs: None for none; n for the drawn token's and those of the n likeliest.
+        allowed: bool ``(vocab,)``, what a grammar lets come next; None where there is none.
 
     Raises:
         BadLogits: a logit is NaN or +inf, or no token is possible.
@@ -103,10 +107,14 @@ def sample(
     if not np.isfinite(logits[greedy_id]):
         raise BadLogits(int(np.isnan(logits).sum()), logits.shape[0])
     scores = _adjusted(logits, params, prompt_ids, generated_ids)
+    if allowed is not None:
+        scores = np.where(allowed, scores, np.float32(-np.inf))
     if params.temperature == 0:
         token_id = greedy_id if scores is logits else int(scores.argmax())
     else:
-        token_id = _draw(scores, params, index)
+        token_id = _draw(scores, params, index, allowed)
+    if allowed is not None and not (allowed[token_id] and np.isfinite(scores[token_id])):
+        raise BadLogits(int(np.isnan(logits).sum()), logits.shape[0])
     if logprobs is None:
         return Sampled(token_id, float("nan"), [])
     return _with_logprobs(logits, token_id, logprobs)
@@ -142,16 +150,22 @@ def _adjusted(
     return scores
 
 
-def _draw(scores: FloatArray, params: SamplingParams, index: int) -> int:
+def _draw(
+    scores: FloatArray,
+    params: SamplingParams,
+    index: int,
+    allowed: npt.NDArray[np.bool_] | None,
+) -> int:
     """Inverse of the cumulative distribution, in order of ids.
 
     Order of ids, not of probability: two nearly equal tokens that swap places by rounding then
     change the answer only if the drawn number falls between them.
     """
-    kept = np.arange(scores.shape[0])
-    if 0 < params.top_k < scores.shape[0]:
-        at = scores.shape[0] - params.top_k
-        kept = np.flatnonzero(scores >= np.partition(scores, at)[at])
+    kept = np.arange(scores.shape[0]) if allowed is None else np.flatnonzero(allowed)
+    if 0 < params.top_k < kept.shape[0]:
+        at = kept.shape[0] - params.top_k
+        mine = scores[kept]
+        kept = kept[mine >= np.partition(mine, at)[at]]
     weights = scores[kept].astype(np.float64)
     # The peak goes first: a tiny temperature would make every quotient infinite.
     weights = np.exp((weights - weights.max()) / max(params.temperature, MIN_TEMPERATURE))

@@ -14,8 +14,10 @@ import numpy as np
 
 from compute import batch
 from compute.engine import Engine, Row
-from compute.errors import BadLogits
+from compute.errors import BadLogits, GrammarFailed
+from compute.grammar import Matcher
 from compute.sampler import SamplingParams, sample
+from models.constraint import Constraint
 
 Reason = Literal["stop", "length", "error"]
 
@@ -32,6 +34,8 @@ class Submit:
         max_tokens: length of the whole answer, ``generated_ids`` included.
         stop_ids: tokens that end the answer and are not part of it.
         logprobs: None, or how many of the likeliest tokens to report beside the drawn one.
+        constraint: the form of the answer; None for any.
+        matcher: the constraint compiled, behind ``generated_ids``; this request alone uses it.
     """
 
     request_id: Hashable
@@ -41,6 +45,8 @@ class Submit:
     stop_ids: frozenset[int] = frozenset()
     generated_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +199,7 @@ class Worker:
         mine = self._requests[key]
         request = mine.submit
         index = len(mine.generated_ids)
+        matcher = request.matcher
         try:
             drawn = sample(
                 logits,
@@ -201,11 +208,14 @@ class Worker:
                 mine.generated_ids,
                 index,
                 logprobs=request.logprobs,
+                allowed=None if matcher is None else matcher.allowed(request.stop_ids),
             )
-        except (BadLogits, ValueError) as exc:
+            if drawn.token_id in request.stop_ids:
+                return [self._retired(Done(key, "stop"))]
+            if matcher is not None:
+                matcher.accept(drawn.token_id)
+        except (BadLogits, GrammarFailed, ValueError) as exc:
             return [self._retired(Done(key, "error", str(exc)))]
-        if drawn.token_id in request.stop_ids:
-            return [self._retired(Done(key, "stop"))]
         mine.generated_ids.append(drawn.token_id)
         logprob = None if request.logprobs is None else drawn.logprob
         token = Token(key, index, drawn.token_id, logprob, tuple(drawn.top))
@@ -235,10 +245,14 @@ class Worker:
         ids = (*prompt_ids, *mine.generated_ids)
         if min(ids) < 0 or max(ids) >= vocab_size:
             return Done(key, "error", f"token ids must be 0..{vocab_size - 1}")
+        if mine.submit.constraint is not None and mine.submit.matcher is None:
+            return Done(key, "error", "the grammar of this request was not compiled")
         return None
 
     def _ended(self, mine: _Request) -> Done | None:
         """Length is reached when the answer is full or its next token would find no room."""
+        if mine.submit.matcher is not None and mine.submit.matcher.complete:
+            return Done(mine.submit.request_id, "stop")
         full = len(mine.generated_ids) >= mine.submit.max_tokens
         if full or mine.length >= self._engine.context_tokens:
             return Done(mine.submit.request_id, "length")

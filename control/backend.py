@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from control.keys import ApiKey
+from models.constraint import Constraint
 from models.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -58,6 +59,7 @@ class GenerateRequest:
     logprobs: int | None = None  # number of alternatives wanted beside the chosen token
     stop_ids: frozenset[int] = frozenset()  # end-of-sequence ids; not emitted
     request_id: str = ""  # shown in logs from the HTTP header to the rank
+    constraint: Constraint | None = None  # checked by models.constraint.check before
 
 
 @dataclass(frozen=True, slots=True)

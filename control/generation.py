@@ -179,7 +179,7 @@ def _of(ref: Ref, monitors: set[Ref]) -> Callable[[Term], Term | None]:
 
 def _options(entry: Entry) -> dict[Any, Term]:
     r = entry.request
-    return {
+    options: dict[Any, Term] = {
         Atom("request_id"): r.request_id,
         Atom("prompt"): list(r.prompt_ids),
         Atom("generated"): list(entry.tokens),
@@ -195,6 +195,12 @@ def _options(entry: Entry) -> dict[Any, Term]:
         Atom("stop_ids"): sorted(r.stop_ids),
         Atom("logprobs"): -1 if r.logprobs is None else r.logprobs,
     }
+    if r.constraint is not None:
+        options[Atom("grammar")] = {
+            Atom("kind"): Atom(r.constraint.kind),
+            Atom("text"): r.constraint.text,
+        }
+    return options
 
 
 def _number(value: Term) -> float | None:

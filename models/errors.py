@@ -109,6 +109,23 @@ class BadCard(ModelError):
     kind = "bad_card"
 
 
+class BadConstraint(ModelError):
+    """A form asked of an answer is faulty, or says something that cannot be enforced.
+
+    Attributes:
+        what: the kind of constraint; why: the keyword and its place, or the fault.
+    """
+
+    kind = "bad_constraint"
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what, why)
+        self.what, self.why = what, why
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}"
+
+
 class PartsMissing(ModelError):
     """Of a model that is on this machine in parts, a part that would be read is not here."""
 
