@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+ROUNDING: Final = 1e-6  # who waited exactly as long as told must be served
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,6 @@ def take(bucket: Bucket | None, per_minute: int, now_s: float) -> tuple[Bucket, 
     else:
         gained = max(0.0, now_s - bucket.at_s) * per_s
         tokens = min(float(per_minute), bucket.tokens + gained)
-    if tokens >= 1:
-        return Bucket(tokens - 1, now_s), 0.0
+    if tokens >= 1 - ROUNDING:
+        return Bucket(max(0.0, tokens - 1), now_s), 0.0
     return Bucket(tokens, now_s), (1 - tokens) / per_s

@@ -19,6 +19,7 @@ from bridge.node import Node
 from bridge.process import Process
 from bridge.term import Atom, Pid, Term
 from bridge.text import text_of
+from control.keys import ApiKey, key_of
 from ops.home import RunInfo, open_home
 
 OK, ERROR = Atom("ok"), Atom("error")
@@ -123,6 +124,7 @@ class Cluster(GenServer):
         self._seen = home / "seen"
         self._left: dict[str, list[str]] = {"lama-1": ["ready"]}
         self._pulls: dict[str, int] = {}
+        self._keys: dict[str, ApiKey] = {}
         self.stopped = asyncio.Event()
 
     def note(self, text: str) -> None:
@@ -185,6 +187,17 @@ class Cluster(GenServer):
                 self.note(f"asked {prompt!r} {len(options)}")
                 self.me.spawn(lambda me: self._stream(me, to, ref, prompt))
                 return (OK, ref)
+            case ("add_key", record):
+                key = key_of(record)
+                self.note(f"add_key {key.name} {key.scopes} {key.rate_per_minute} {key.hash}")
+                self._keys[key.id] = key
+                return OK
+            case "keys":
+                return [atoms(key.public(0)) for key in self._keys.values()]
+            case ("revoke_key", id_):
+                if self._keys.pop(text_of(id_), None) is None:
+                    return (ERROR, Atom("not_found"), f"no key has the id '{text_of(id_)}'")
+                return OK
             case ("stop", bool(now)):
                 self.note(f"stop {now}")
                 self.stopped.set()
