@@ -400,9 +400,14 @@ class Lab:
 
 @contextlib.asynccontextmanager
 async def lab(
-    folder: Path, limits: dict[str, int], *, leader: str = "", autoload: bool = False
+    folder: Path,
+    limits: dict[str, int],
+    *,
+    leader: str = "",
+    autoload: bool = False,
+    apart: bool = False,
 ) -> AsyncIterator[Lab]:
-    """Machines that all know each other; ``leader`` leads epoch 1."""
+    """Machines that all know each other, or are ``apart``; ``leader`` leads epoch 1."""
     made = Lab(folder, limits, autoload=autoload)
     names = list(limits)
     try:
@@ -411,7 +416,7 @@ async def lab(
                 await one.node.start(listen=("127.0.0.1", 0), epmd=None)
             await one.start()
         for n, name in enumerate(names):
-            for other in names[:n]:
+            for other in names[:n] if not apart else ():
                 await made.meet(name, other)
         if leader:
             made.lead(leader, 1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bridge.term import Atom
 from control.desired import read_desired
+from control.quorum import alone
 from tests.control.in_loop import in_loop
-from tests.control.lab import CARD, Lab, lab, until
+from tests.control.lab import CARD, Lab, LabMachine, lab, until
 
 A = Atom
 N1, N2, N3 = "n1@127.0.0.1", "n2@127.0.0.1", "n3@127.0.0.1"
@@ -282,3 +285,43 @@ async def test_what_an_earlier_leader_ended_is_placed_anew(tmp_path: Path) -> No
         await until(lambda: len(agent.started) == 2)
         assert await at(made, "tiny-1") == N2
         assert agent.started[1].first_epoch == 2
+
+
+def has(one: LabMachine, id_: str) -> bool:
+    return read_desired(one.desired_path).has(id_)
+
+
+@in_loop
+async def test_two_clusters_become_one_and_keep_what_both_wanted(tmp_path: Path) -> None:
+    async with lab(tmp_path, {N1: ROOM, N2: ROOM}, apart=True) as made:
+        one, two = made[N1], made[N2]
+        two.store.has.add("slow")
+        for name in (N1, N2):
+            made[name].election.roster = alone(name, "x")
+            made.lead(name, 1, only=name)
+            await made[name].leads()
+        await one.ask("load", "tiny", {})
+        await two.ask("load", "slow", {})
+        await two.ask("load", "tiny", {})  # it has the id of the other's
+        await two.ask("set_default", "slow")
+        await until(lambda: places(made) == {"tiny-1": [N1, N2], "slow-1": [N2]})
+        await until(lambda: [state for _, state in two.known_states()] == ["ready", "ready"])
+
+        both = replace(one.election.roster, stamp=(2, 1), members=(N1, N2))
+        for each in (one, two):
+            each.election.roster = both
+        await made.meet(N1, N2)
+        made.lead(N1, 2)
+        await until(lambda: places(made) == {"tiny-1": [N1], "slow-1": [N2]})
+        assert not read_desired(one.desired_path).has("slow-1")
+        two.tick()
+        for each in (one, two):
+            await until(partial(has, each, "slow-1"))
+            desired = read_desired(each.desired_path)
+            assert {w.id for w in desired.wanted} == {"tiny-1", "slow-1"}
+            assert desired.default == "slow"
+        record = one.scheduler.books.get("slow-1")
+        assert record is not None
+        assert not record.on_demand
+        await until(lambda: two.scheduler._wishes is None)
+        assert await two.states() == {"tiny-1": "ready", "slow-1": "ready"}
