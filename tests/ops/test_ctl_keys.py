@@ -1,4 +1,4 @@
-"""``ctl key``: a key is shown once, alone; its hash goes to the node. What a start makes of keys."""
+"""``ctl key``: a key is shown once, alone; the node gets its hash. And what a start makes of it."""
 
 from __future__ import annotations
 

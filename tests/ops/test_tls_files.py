@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge import gen_server
 from bridge.errors import TlsError
 from bridge.term import Atom
 from bridge.text import text_of
 from bridge.tls import TlsFiles
+from control.gateway.server import ServerTls, TlsUnusable
 from ops.client import Target, connect
-from ops.config import Config, Tls, loads
+from ops.config import Config, HttpTls, Tls, loads
 from ops.errors import ConfigError, HomeError
 from ops.home import Home, RunInfo, open_home
-from ops.tls_files import files_for_client, files_of, prepare, ssl_conf
+from ops.tls_files import files_for_client, files_of, prepare, prepare_http, ssl_conf
 from tests.cluster.live_node import LiveNode, free_tcp_port
 from tests.ops.ctl_harness import run_ctl
 
@@ -172,3 +174,43 @@ def test_a_whole_node_speaks_tls_alone(tmp_path: Path) -> None:
             assert run_ctl("status", *told).status == 0
     finally:
         assert node.stop() == 0
+
+
+# -- HTTP -----------------------------------------------------------------------------------
+
+
+def test_http_has_a_certificate_of_the_same_authority_that_opens_nothing(tmp_path: Path) -> None:
+    home = open_home(tmp_path)
+    assert prepare_http(None, home, [HOST]) is None
+    files = prepare_http(HttpTls(), home, [HOST, "10.1.2.3"])
+    assert files is not None
+    first = contents(home)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in home.keys_dir.iterdir()} == {0o600}
+    assert prepare_http(HttpTls(), home, ["10.1.2.3"]) == files
+    assert contents(home) == first
+    certificate = x509.load_pem_x509_certificate(first["http.pem"])
+    usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usages) == [ExtendedKeyUsageOID.SERVER_AUTH]  # no node will take it for a peer's
+    made(home)
+    assert contents(home)["dist_ca.pem"] == first["dist_ca.pem"]
+    prepare_http(HttpTls(), home, ["10.9.9.9"])  # the machine moved
+    second = contents(home)
+    assert {name for name in first if first[name] != second[name]} == {"http.pem", "http.key"}
+
+
+def test_http_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    home, other = open_home(tmp_path / "a"), open_home(tmp_path / "b")
+    prepare_http(HttpTls(), home, [HOST])
+    pem, key = home.keys_dir / "http.pem", home.keys_dir / "http.key"
+    own = HttpTls(certificate=pem, key=key)
+    assert prepare_http(own, other, [HOST]) == ServerTls(str(pem), str(key))
+    key.chmod(0o640)
+    with pytest.raises(TlsUnusable, match="chmod 600"):
+        prepare_http(own, other, [HOST])
+    key.chmod(0o600)
+    key.write_text("nonsense")
+    with pytest.raises(TlsUnusable, match=r"http\.tls"):
+        prepare_http(own, other, [HOST])
+    shutil.copy(home.keys_dir / "dist_ca.pem", other.keys_dir)  # a machine without its key
+    with pytest.raises(HomeError, match=r"dist_ca\.key is not here"):
+        prepare_http(HttpTls(), other, [HOST])
