@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import hashlib
 import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from bridge import gen_server
+from bridge.term import Atom
+from ops.client import Target, connect
+from ops.home import Home
 from tests.cluster.live_node import LiveNode, free_tcp_port
 from tests.ops.ctl_harness import Result, run_ctl
 from tests.waiting import wait_until
@@ -88,6 +94,22 @@ def test_a_key_is_the_clusters_until_it_is_revoked(nodes: list[LiveNode]) -> Non
     assert made["id"] in ctl(one, "key", "list").out
     for key in (kept, lost, made["key"]):
         assert not written(nodes, key)
+        shown = asyncio.run(states(one))
+        assert key.split("-")[1] in shown or key == lost
+        assert key not in shown
+        assert hashlib.sha256(key.encode()).hexdigest() not in shown
+
+
+async def states(node: LiveNode) -> str:
+    """What ``sys:get_state`` and ``sys:get_status`` tell of every part that has to do with keys."""
+    shown = []
+    async with connect(Target(Home(node.home))) as found:
+        with found.node.open_process() as me:
+            for name in ("scheduler", "gateway", "cluster", "events", "surface_sup"):
+                for what in ("get_state", "get_status"):
+                    answer = await gen_server.sys_call(me, (name, found.name), Atom(what))
+                    shown.append(repr(answer))
+    return "\n".join(shown)
 
 
 def written(nodes: list[LiveNode], key: str) -> list[Path]:
