@@ -291,9 +291,10 @@ def test_ports_outlive_the_control_process_of_either_machine(tmp_path: Path, mod
 
 async def held_again(lab: Lab, control: FarControl) -> None:
     """Wait until the new ``ports`` of ``control`` has its port back, and somebody holds it."""
-    while True:
-        rows = await gen_server.call(lab.me, (A("ports"), A(control.name)), A("ports"))
-        mine = [r for r in rows if r["adopted"] and r["connected"]]
-        if mine and mine[0]["holder"] != "undefined":
-            return
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            rows = await gen_server.call(lab.me, (A("ports"), A(control.name)), A("ports"))
+            mine = [r for r in rows if r["adopted"] and r["connected"]]
+            if mine and mine[0]["holder"] != "undefined":
+                return
+            await asyncio.sleep(0.02)
