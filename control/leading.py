@@ -265,6 +265,14 @@ class Leading:
             case ("make_room", str(id_), list(others)):
                 instances.on_make_room(id_, others)
 
+    def on_instance(self, id_: str, state: str, pid: Pid, epoch: int, text: str) -> None:
+        """Word of a coordinator; of one that the books do not have there, its machine is asked."""
+        record = self._books.get(id_)
+        known = record is not None and (record.spec is None or record.spec.head_node == pid.node)
+        if not known and pid.node in self._machines():
+            self._welcome(str(pid.node))
+        self.instances.on_instance(id_, state, pid, epoch, text)
+
     def on_down(self, monitor: Ref, reason: Term) -> None:
         """A monitor that is no route's."""
         self.instances.on_group_down(monitor, reason)

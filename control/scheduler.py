@@ -381,7 +381,7 @@ class Scheduler(GenServer):
         model = text_of(known.get("model", b""))
         if self._routes.hear(id_, model, state, pid, epoch, tokens):
             if self._leading.complete:
-                self._leading.instances.on_instance(id_, state, pid, epoch, text)
+                self._leading.on_instance(id_, state, pid, epoch, text)
             self._finder.serve_waiting()
 
     def _on_down(self, monitor: Ref, reason: Term) -> None:

@@ -325,3 +325,22 @@ async def test_two_clusters_become_one_and_keep_what_both_wanted(tmp_path: Path)
         assert not record.on_demand
         await until(lambda: two.scheduler._wishes is None)
         assert await two.states() == {"tiny-1": "ready", "slow-1": "ready"}
+
+
+@in_loop
+async def test_a_group_that_started_after_its_unload_ends(tmp_path: Path) -> None:
+    """An order was under way; what nobody has in the books would run for ever."""
+    async with lab(tmp_path, {N1: 10**6, N2: ROOM, N3: ROOM}, leader=N1) as made:
+        await made[N1].ask("load", "tiny", {})
+        first = await at(made, "tiny-1")
+        other = N3 if first == N2 else N2
+        (of,) = made[first].agent.started
+        stray = replace(of, ranks=tuple(replace(rank, node=other) for rank in of.ranks))
+        await made[other].agent.begin(stray)  # there are two now
+        await until(lambda: places(made) == {"tiny-1": [first]})
+        assert await made[N1].ask("unload", "tiny-1") == A("ok")
+        assert places(made) == {}
+        await made[first].agent.begin(of)
+        await until(lambda: len(made[first].agent.stopped) == 2)
+        assert places(made) == {}
+        assert made[N1].known_states() == []
