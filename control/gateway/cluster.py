@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -93,8 +93,8 @@ def router(gateway: Gateway) -> APIRouter:
         return Json(await control_of(gateway).tree())
 
     @routes.get("/events", summary="Feed of changes; the first event is the status")
-    async def events() -> Response:
-        frames = _events(gateway, control_of(gateway))
+    async def events(request: Request) -> Response:
+        frames = _events(gateway, control_of(gateway), request.state.key_id)
         return sse.EventStream(frames, write_timeout_s=gateway.settings.write_timeout_s)
 
     @routes.post("/place", summary="Dry run: which placement, and why not another")
@@ -129,17 +129,25 @@ def control_of(gateway: Gateway) -> ClusterControl:
     return gateway.cluster
 
 
-async def _events(gateway: Gateway, cluster: ClusterControl) -> AsyncGenerator[bytes, None]:
-    """Frames of the feed, until the client leaves or the server drains."""
+async def _events(
+    gateway: Gateway, cluster: ClusterControl, key_id: str
+) -> AsyncGenerator[bytes, None]:
+    """Frames of the feed, until the client leaves, its key ends, or the server drains."""
     source = cluster.events()
+    ring = gateway.ring
     stopping = asyncio.ensure_future(gateway.stopping.wait())
+    keys = asyncio.ensure_future(ring.next_change.wait())
     coming: asyncio.Future[ClusterEvent] | None = None
     try:
         coming = asyncio.ensure_future(anext(source))  # subscribed before the status is taken
         yield sse.frame(await gateway.backend.status(), event="status")
         while not stopping.done():
-            both = {coming, stopping}
-            await asyncio.wait(both, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            all_ = {coming, stopping, keys}
+            await asyncio.wait(all_, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not ring.still_admits(key_id):
+                return
+            if keys.done():  # asked for before anything else happens: none is missed
+                keys = asyncio.ensure_future(ring.next_change.wait())
             if not coming.done():
                 if not stopping.done():
                     yield b": keep-alive\n\n"
@@ -151,7 +159,7 @@ async def _events(gateway: Gateway, cluster: ClusterControl) -> AsyncGenerator[b
             yield sse.frame(dict(event.data), event=event.kind)
             coming = asyncio.ensure_future(anext(source))
     finally:
-        waiting = [task for task in (stopping, coming) if task is not None]
+        waiting = [task for task in (stopping, keys, coming) if task is not None]
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

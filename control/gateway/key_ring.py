@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,7 @@ class KeyRing:
         self._keys: dict[str, ApiKey] = {}
         self._revoked = False
         self._buckets: dict[str, Bucket] = {}
+        self._changed = asyncio.Event()
 
     @property
     def known(self) -> bool:
@@ -67,6 +69,8 @@ class KeyRing:
         """These are the keys now; ``revoked``: there were others."""
         self._keys = {key.id: key for key in keys}
         self._revoked, self._known = revoked, True
+        self._changed.set()
+        self._changed = asyncio.Event()
         self._buckets = {id_: one for id_, one in self._buckets.items() if id_ in self._keys}
 
     def admit(self, given: Sequence[bytes]) -> ApiKey:
@@ -93,6 +97,16 @@ class KeyRing:
             text = f"this is no API key of this cluster, or it was revoked. {ADVICE}"
             return _unauthorized(text, "invalid_api_key", given=True)
         return _unauthorized(f"an API key is needed. {ADVICE}", "missing_api_key", given=False)
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set at the ``update`` that comes next after this was asked."""
+        return self._changed
+
+    def still_admits(self, id: str) -> bool:
+        """Whether who was let in with this key (empty: without any) would be so again."""
+        key = self._keys.get(id)
+        return self.is_open if key is None else not key.expired(self._now_s())
 
     def spend(self, key: ApiKey) -> None:
         """Count one request of ``key``. Raises ApiError 429 where it has none left."""

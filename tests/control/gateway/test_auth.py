@@ -232,6 +232,17 @@ def test_a_key_that_has_ended_or_was_revoked_opens_nothing(closed: Closed) -> No
     assert closed.ask(admin, "DELETE", f"/cluster/keys/{id_}").status_code == 404
 
 
+def test_a_feed_ends_with_its_key(closed: Closed) -> None:
+    key, other = closed.key(), closed.key()
+    revoke = closed.control.revoke_key
+    with closed.live.http.stream("GET", "/cluster/events", headers={"x-api-key": key}) as feed:
+        lines = feed.iter_lines()
+        assert next(lines) == "event: status"
+        for one in (other, key):  # another's end is nothing to it
+            closed.live.call(revoke(one.split("-")[1]))
+        assert "event: instance" in list(lines)  # it has an end
+
+
 def test_the_last_key_that_goes_does_not_open_the_door(closed: Closed) -> None:
     key = closed.key()
     closed.ring.update([], revoked=True)
