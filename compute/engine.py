@@ -43,12 +43,17 @@ class Engine(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """Positions a slot holds."""
+        """Positions that a sequence can have."""
         ...
 
     @property
-    def num_slots(self) -> int:
-        """Sequences held at once."""
+    def num_sequences(self) -> int:
+        """Sequences that can run at once."""
+        ...
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of ``PAGE_TOKENS`` positions that they share."""
         ...
 
     @property
@@ -96,6 +101,7 @@ class StageEngine:
         self._under_way: deque[list[list[Row]]] = deque()
         self.spec = stage.spec
         self.context_tokens, self.num_slots = stage.context_tokens, stage.num_slots
+        self.num_sequences, self.num_pages = stage.num_sequences, stage.num_pages
         self.depth = stage.shard.pipeline.world_size
 
     @property
@@ -113,7 +119,7 @@ class StageEngine:
         """See :meth:`Engine.start`."""
         check_rows(
             rows,
-            num_slots=self.num_slots,
+            num_sequences=self.num_sequences,
             context_tokens=self.context_tokens,
             vocab_size=self.spec.vocab_size,
         )
@@ -154,8 +160,8 @@ def load_engine(
 
     Args:
         path: a GGUF file, or a folder with ``config.json`` and safetensors.
-        context_tokens: positions of each slot; at most the model's own context.
-        num_slots: sequences held at once.
+        context_tokens: positions of a sequence; at most the model's own context.
+        num_slots: sequences of that length that there is memory for.
         threads: CPU threads of the engine; not used on CUDA.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mlx"``; None takes the best there is.
         on_progress: told ``(done, total)`` bytes of weights while loading.

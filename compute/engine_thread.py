@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from compute.follower import Follower
-from compute.worker import Done, Submit, Token, Worker
+from compute.worker import Done, Load, Submit, Token, Worker
 
 R = TypeVar("R")
 Event = Token | Done
@@ -63,6 +63,10 @@ class EngineThread:
     def set_follower(self, follower: Follower | None) -> None:
         """Let the thread follow a head from now on, or no more (call on the engine thread)."""
         self._follower = follower
+
+    def load(self) -> Load | None:
+        """How much the worker has to do; None without one (call on the engine thread)."""
+        return None if self._worker is None else self._worker.load()
 
     def submit(self, request: Submit) -> None:
         self._commands.put(lambda: self._submit(request))

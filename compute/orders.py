@@ -4,7 +4,8 @@ The head plans and samples; the others follow in lockstep. An order is a frame o
 its own, so that a rank with nothing to do sleeps, and learns of a closed connection at once::
 
     length: u32 | kind: u32 (0 tick, 1 rows) | int64 words
-    words of rows: count, then (slot, start, wants logits, ids) of each, then all ids in turn
+    words of rows: count; then (slot, start, wants logits, ids, first page, pages) of each; then
+    of each in turn its ids and its pages
 
 A tick says that the head lives; it comes when nothing else does.
 """
@@ -29,6 +30,7 @@ SILENT_S = 10.0  # ticks come from a thread of their own, however long a step ta
 _MAX_FRAME_BYTES = 64 << 20
 _HEAD = struct.Struct("!II")
 _TICK, _ROWS = 0, 1
+_FACTS = 6  # words of a row beside its ids and pages
 
 
 def encode_rows(rows: Sequence[Row]) -> bytes:
@@ -36,8 +38,10 @@ def encode_rows(rows: Sequence[Row]) -> bytes:
     words = [len(rows)]
     for row in rows:
         words += (row.slot, row.start, int(row.want_logits), len(row.ids))
+        words += (row.first_page, len(row.pages))
     for row in rows:
         words += row.ids
+        words += row.pages
     body = np.array(words, dtype="<i8").tobytes()
     return _HEAD.pack(4 + len(body), _ROWS) + body
 
@@ -48,16 +52,18 @@ def decode_rows(body: bytes) -> list[Row]:
         raise ValueError(f"an order of {len(body)} bytes")
     words = np.frombuffer(body, dtype="<i8").tolist()
     count, at = words[0], 1
-    if not 0 <= 4 * count < len(words):
+    if not 0 <= _FACTS * count < len(words):
         raise ValueError(f"an order of {count} rows in {len(words)} words")
-    facts = [words[at + 4 * i : at + 4 * i + 4] for i in range(count)]
-    at += 4 * count
-    if any(fact[3] < 0 for fact in facts) or at + sum(fact[3] for fact in facts) != len(words):
+    facts = [words[at + _FACTS * i : at + _FACTS * (i + 1)] for i in range(count)]
+    at += _FACTS * count
+    sizes = [size for fact in facts for size in (fact[3], fact[5])]
+    if min(sizes, default=0) < 0 or at + sum(sizes) != len(words):
         raise ValueError(f"an order of {count} rows does not fill its {len(words)} words")
     rows = []
-    for slot, start, want, length in facts:
-        rows.append(Row(slot, tuple(words[at : at + length]), start, bool(want)))
-        at += length
+    for slot, start, want, length, first_page, num_pages in facts:
+        ids, pages = words[at : at + length], words[at + length : at + length + num_pages]
+        rows.append(Row(slot, tuple(ids), start, bool(want), tuple(pages), first_page))
+        at += length + num_pages
     return rows
 
 

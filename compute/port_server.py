@@ -8,6 +8,7 @@ call ``{load, #{...}}``                                 ``{ok, Facts}`` or ``{er
 call ``facts``                                          the map of ``Facts``
 call ``{dial, Node}``                                   ``ok`` | ``{error, unreachable, Text}``
 call ``{measure, Device, Threads}``                     ``{ok, WeightsPerS, FlopsPerS}``
+call ``queue``                                          ``{ok, Load}`` or ``{error, Kind, Text}``
 cast ``{submit, Requester, Ref, #{...}}``               tokens, then one ``done``
 cast ``{cancel, Ref}``                                  the request ends as ``cancelled``
 cast ``{own, Pid}``                                     beats go to ``Pid`` from now on; what an
@@ -16,7 +17,7 @@ cast ``warm_network``                                   imports what meeting oth
 cast ``stop``                                           the port ends
 sends ``{admitted, Ref}``                              to the requester, before its first step
 sends ``{token, Ref, Index, Id, LogProb, Top}``         to the requester
-sends ``{done, Ref, Reason, Text}``                     to the requester
+sends ``{done, Ref, Reason, Text, Info}``               to the requester
 sends ``{beat, Port, Steps, Busy, Bytes}``              to the owner
 sends ``{load_progress, Port, Done, Total}``            to the owner
 ======================================================  =====================================
@@ -28,6 +29,12 @@ head of a mesh alone. A requester is monitored: when it dies, its requests are c
 ``grammar => #{kind, text}`` in a submit constrains its answer (``models/constraint.py``). It is
 compiled on a thread of its own before the request joins the batch, so that no stream waits for it.
 
+``Reason`` is ``stop``, ``length``, ``error``, ``cancelled``, or ``busy``: so many requests wait
+already that this one was not taken. ``Info`` is a map: ``cached_tokens`` of the prompt that did
+not have to run again, and ``wait_s``, where busy, until there should be room. ``Load`` is a map of
+what ``compute.worker.Load`` describes, under the same names; its ``wait_s`` is how long a request
+that came now would wait for its first step, by the pace of the latest ones.
+
 A port does not listen: ``dial`` makes it connect to a node that has something to say to it.
 """
 
@@ -36,7 +43,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +62,7 @@ from compute.grammar_thread import GrammarThread
 from compute.places import Listeners, place_term
 from compute.port_chores import dial, import_engine, import_network
 from compute.requests import LoadOrder, to_submit
-from compute.worker import Done, Submit, Token, Worker
+from compute.worker import QUEUE_LIMIT, Done, Load, Submit, Token, Worker
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -125,6 +132,8 @@ class PortServer(GenServer):
                 return dict(self.facts)
             case ("measure", device, int(threads)) if self.order is None:
                 return self._measure(text_of(device), threads, from_)
+            case "queue":
+                return self._queue(from_)
             case ("measure", _, _):
                 return (Atom("error"), Atom("busy"), "this port holds a rank")
             case _:
@@ -243,6 +252,7 @@ class PortServer(GenServer):
                 loaded.engine,
                 prefill_chunk_tokens=order.prefill_chunk_tokens
                 or (CHUNK_TOKENS if order.pipeline == 1 else PIPELINE_CHUNK_TOKENS),
+                queue_limit=order.queue_limit or QUEUE_LIMIT,
                 on_admitted=self._from_thread(self._admitted),
             )
             self._thread.set_worker(worker)
@@ -288,12 +298,12 @@ class PortServer(GenServer):
     def _submit(self, requester: Pid, ref: Ref, options: dict[Any, Term]) -> None:
         if self._loaded is not None and self._loaded.engine is None:
             text = "this rank follows the head of its mesh: requests go there"
-            self.me.send(requester, (Atom("done"), ref, Atom("error"), text))
+            self._done(requester, ref, Done(ref, "error", text))
             return
         try:
             request = to_submit(ref, options)
         except ValueError as exc:  # BadRequest, and what the sampler refuses
-            self.me.send(requester, (Atom("done"), ref, Atom("error"), str(exc)))
+            self._done(requester, ref, Done(ref, "error", str(exc)))
             return
         log.debug("%s admitted", text_of(options.get("request_id", "")))
         self._live[ref] = _Live(requester, self.me.monitor(requester))
@@ -327,12 +337,31 @@ class PortServer(GenServer):
         checkpoint = open_checkpoint(Path(self.order.path))
         return Grammars(checkpoint.tokenizer(), checkpoint.spec.vocab_size)
 
+    def _queue(self, from_: Term) -> Term:
+        """Answered between two steps."""
+        if not self.facts or self._loaded is None or self._loaded.engine is None:
+            text = "this port is not the head of a loaded model"
+            return (Atom("error"), Atom("not_loaded"), text)
+
+        def answered(done: asyncio.Future[Load | None]) -> None:
+            load = done.result()
+            if load is not None:
+                told = {Atom(name): value for name, value in asdict(load).items()}
+                gen_server.reply(self.me, from_, (Atom("ok"), told))
+
+        asyncio.wrap_future(self._thread.run(self._thread.load)).add_done_callback(answered)
+        return NOREPLY
+
+    def _done(self, to: Pid, ref: Ref, end: Done) -> None:
+        info = {Atom("cached_tokens"): end.cached_tokens, Atom("wait_s"): end.wait_s}
+        self.me.send(to, (Atom("done"), ref, Atom(end.reason), end.text, info))
+
     def _cancel(self, ref: Ref) -> None:
         live = self._live.pop(ref, None)
         if live is not None:
             self.me.demonitor(live.monitor)
             self._thread.cancel(ref)
-            self.me.send(live.requester, (Atom("done"), ref, Atom("cancelled"), ""))
+            self._done(live.requester, ref, Done(ref, "cancelled"))
 
     def _drop_all(self) -> None:
         """Who asked has seen the end of the earlier owner's group, and asks the next one."""
@@ -364,7 +393,7 @@ class PortServer(GenServer):
             else:
                 del self._live[ref]  # type: ignore[arg-type]
                 self.me.demonitor(live.monitor)
-                self.me.send(live.requester, (Atom("done"), ref, Atom(event.reason), event.text))
+                self._done(live.requester, ref, event)  # type: ignore[arg-type]
 
     # -- the other thread ------------------------------------------------------------------
 

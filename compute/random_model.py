@@ -12,6 +12,7 @@ import numpy as np
 
 from models.errors import UnsupportedModel
 from models.layout import expected_tensors
+from models.quant import Bytes
 from models.spec import ModelSpec
 from models.spec_hf import from_hf_config
 from models.tokenizer import Tokenizer
@@ -100,3 +101,11 @@ class RandomCheckpoint:
 
     def release(self) -> None:
         """No file is held."""
+
+    def mapped_files(self) -> dict[Path, Bytes]:
+        """There are none."""
+        return {}
+
+    def read_when_opened(self) -> list[Bytes]:
+        """Nothing."""
+        return []

@@ -37,7 +37,10 @@ class LoadOrder:
         threads: CPU threads of this rank; 0 takes all cores.
         device: ``cpu``, ``cuda:0``, ``mlx``; empty lets the engine choose.
         limit_bytes: memory that the rank may take; 0 sets no limit.
+        num_slots: key/value memory is for so many sequences of full length; shorter ones run in
+            larger numbers.
         prefill_chunk_tokens: most tokens of a step that prefills; 0 chooses by the pipeline.
+        queue_limit: requests that may wait; 0 takes ``compute.worker.QUEUE_LIMIT``.
         join_timeout_s: for the other ranks to load; step_timeout_s: for a silent one to be lost.
     """
 
@@ -59,6 +62,7 @@ class LoadOrder:
     device: str = ""
     limit_bytes: int = 0
     prefill_chunk_tokens: int = 0
+    queue_limit: int = 0
     join_timeout_s: float = 1800.0
     step_timeout_s: float = 120.0
 
@@ -115,6 +119,7 @@ class _SubmitOrder:
     stop_ids: tuple[int, ...] | list[int] = ()
     logprobs: int = -1  # -1: none wanted
     grammar: dict[Any, Term] = field(default_factory=dict)  # kind, text; empty: any answer
+    fair_key: str = ""  # requests of different keys take turns; empty is a key like any other
 
 
 def to_submit(ref: Ref, options: Mapping[Any, Term]) -> Submit:
@@ -138,6 +143,7 @@ def to_submit(ref: Ref, options: Mapping[Any, Term]) -> Submit:
         stop_ids=frozenset(o.stop_ids),
         logprobs=None if o.logprobs < 0 else o.logprobs,
         constraint=_constraint(o.grammar) if o.grammar else None,
+        fair_key=o.fair_key,
     )
 
 

@@ -33,16 +33,21 @@ class Row:
     """New tokens of one sequence to run in one step.
 
     Attributes:
-        slot: which key/value slot the sequence lives in, ``0 <= slot < num_slots``.
-        ids: the tokens to run, at least one; positions before ``start`` are in the slot already.
+        slot: number of the sequence among those that run, ``0 <= slot < num_sequences``.
+        ids: the tokens to run, at least one; positions before ``start`` are in memory already, or
+            are written by rows before this one.
         start: position of ``ids[0]``.
         want_logits: whether the logits after the last of ``ids`` are returned.
+        pages: where in memory the sequence's positions are from now on, page by page, beginning
+            with the ``first_page``-th of the sequence; what is not named stays as it was.
     """
 
     slot: int
     ids: tuple[int, ...]
     start: int
     want_logits: bool = True
+    pages: tuple[int, ...] = ()
+    first_page: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +93,22 @@ class Stage(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """Positions a slot holds."""
+        """Positions that a sequence can have."""
         ...
 
     @property
     def num_slots(self) -> int:
-        """Sequences held at once."""
+        """Sequences of that length that there is memory for."""
+        ...
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that can run at once where they are shorter."""
+        ...
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of ``PAGE_TOKENS`` positions in that memory."""
         ...
 
     @property
@@ -113,7 +128,7 @@ class Stage(Protocol):
 
     @property
     def kv_bytes(self) -> int:
-        """Key/value memory when every slot is full."""
+        """Key/value memory when every page is full."""
         ...
 
     @property
@@ -127,7 +142,9 @@ class Stage(Protocol):
         """Run this rank's layers and remember the keys and values of every new position.
 
         The rows are valid (``check_rows``) and have at most ``MAX_POSITIONS`` new positions.
-        Every tensor rank of the stage makes the same call.
+        Every tensor rank of the stage makes the same call. In each layer the keys and values of
+        all new positions are in memory before any is read: a row may hold a page that another
+        row of the same call fills.
 
         Args:
             rows: at most one per slot.
@@ -155,7 +172,7 @@ def num_positions(rows: Sequence[Row]) -> int:
 
 
 def check_rows(
-    rows: Sequence[Row], *, num_slots: int, context_tokens: int, vocab_size: int
+    rows: Sequence[Row], *, num_sequences: int, context_tokens: int, vocab_size: int
 ) -> None:
     """Refuse rows that a stage must not run.
 
@@ -164,8 +181,8 @@ def check_rows(
     """
     seen: set[int] = set()
     for row in rows:
-        if not 0 <= row.slot < num_slots:
-            raise ValueError(f"slot {row.slot} is outside 0..{num_slots - 1}")
+        if not 0 <= row.slot < num_sequences:
+            raise ValueError(f"slot {row.slot} is outside 0..{num_sequences - 1}")
         if row.slot in seen:
             raise ValueError(f"slot {row.slot} appears twice in one step")
         seen.add(row.slot)
@@ -195,7 +212,8 @@ def parts(rows: Sequence[Row], room: int = MAX_POSITIONS) -> list[list[Row]]:
                 left = room
             ids = row.ids[at : at + left]
             ends = at + len(ids) == len(row.ids)
-            out[-1].append(Row(row.slot, ids, row.start + at, row.want_logits and ends))
+            told = (row.pages, row.first_page) if at == 0 else ()
+            out[-1].append(Row(row.slot, ids, row.start + at, row.want_logits and ends, *told))
             left -= len(ids)
             at += len(ids)
     return [part for part in out if part]

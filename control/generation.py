@@ -134,7 +134,7 @@ async def _attempt(
                             gen_server.cast(me, coordinator, (Atom("progress"), ref))
                             first = False
                         yield event
-                case ("done", _, reason, text):
+                case ("done", _, reason, text, *_):
                     yield DoneEvent(_reason(str(reason)), text_of(text))
                     return
                 case ("DOWN", _, _, _, reason):

@@ -19,7 +19,6 @@ class Figures:
     Attributes:
         packing: how matrices lie in memory.
         kv_bytes_per_element: of a remembered number.
-        page_tokens: a slot's positions are rounded up to multiples of this.
         process_bytes: resident memory of a port's process beside its model: interpreter,
             libraries, compiled code; on a GPU what the driver and libraries keep there.
         network_bytes: beside that, where ranks of other machines are met: PyTorch's libraries,
@@ -28,7 +27,6 @@ class Figures:
 
     packing: Packing
     kv_bytes_per_element: int
-    page_tokens: int
     process_bytes: int
     network_bytes: int = 0
 
@@ -61,7 +59,6 @@ def _mlx(size: int, process_bytes: int) -> Figures:
             by_name={_ROUTER: 4.0, _EXPANSION: float(size)},
         ),
         kv_bytes_per_element=size,
-        page_tokens=1,
         process_bytes=process_bytes,
         network_bytes=190 * MIB,
     )
@@ -82,7 +79,6 @@ FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
             group=32,
         ),
         kv_bytes_per_element=4,
-        page_tokens=64,
         process_bytes=162 * MIB,
         network_bytes=190 * MIB,
     ),
@@ -93,13 +89,11 @@ FIGURES: Final[Mapping[tuple[Kernels, str], Figures]] = {
             by_name={_ROUTER: 4.0, _EXPANSION: 4.0},
         ),
         kv_bytes_per_element=4,
-        page_tokens=1,
         process_bytes=350 * MIB,
     ),
     ("torch", "cuda"): Figures(
         packing=Packing(otherwise=2.0, by_name={_ROUTER: 4.0}),
         kv_bytes_per_element=2,
-        page_tokens=1,
         process_bytes=600 * MIB,
     ),
     ("mlx", "mlx"): _mlx(2, 60 * MIB),

@@ -22,12 +22,14 @@ from models.stored import Stored
 __all__ = ["Footprint", "Kernels", "check_room", "footprint", "kernels_for"]
 
 MAX_POSITIONS: Final = 256  # new positions in one run of a stage
+PAGE_TOKENS: Final = 64  # positions of a page of key/value memory
+SEQUENCES_A_SLOT: Final = 4  # that may run at once where they are shorter than a slot
 LATENT_SCORES: Final = 1 << 23  # what compute.torch.latent.SCORES allows at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes that one rank takes once every slot is full.
+    """Bytes that one rank takes once its key/value memory is full.
 
     Attributes:
         weights_bytes, kv_bytes, workspace_bytes: as the loaded stage reports them.
@@ -43,6 +45,11 @@ class Footprint:
     def total_bytes(self) -> int:
         """All of it."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.process_bytes
+
+
+def most_sequences(num_slots: int) -> int:
+    """Sequences that run at once in the memory of ``num_slots`` of full length."""
+    return max(num_slots, min(SEQUENCES_A_SLOT * num_slots, MAX_POSITIONS))
 
 
 def kernels_for(spec: ModelSpec, device: str) -> Kernels:
@@ -76,7 +83,7 @@ def footprint(
         shard: what the rank holds.
         kernels: see ``kernels_for``.
         device: ``cpu``, ``cuda:N`` or ``mlx``; ``mlx-cpu`` for MLX without a GPU.
-        context_tokens, num_slots: of the key/value memory.
+        context_tokens, num_slots: key/value memory is for so many sequences of so many tokens.
         threads: CPU threads of the rank.
         network: other ranks of its mesh are on other machines.
 
@@ -104,7 +111,7 @@ def footprint(
         kv_bytes_per_element=figures.kv_bytes_per_element,
         workspace_bytes=workspace,
         packing=figures.packing,
-        page_tokens=figures.page_tokens,
+        page_tokens=PAGE_TOKENS,
     )
     return Footprint(
         weights_bytes=found.weights_bytes,
@@ -143,8 +150,8 @@ def step_bytes(
     spec: ModelSpec, shard: RankShard, context_tokens: int, num_slots: int, threads: int
 ) -> int:
     """Buffers of the compiled kernels, one by one: see ``compute.cpu.step.Step``."""
-    pages = -(-context_tokens // 64)
-    rows = min(MAX_POSITIONS, num_slots * pages * 64)
+    pages = -(-context_tokens // PAGE_TOKENS)
+    rows = min(MAX_POSITIONS, num_slots * pages * PAGE_TOKENS)
     hidden, dense = _padded(spec.hidden_size), len(shard.shared_ffn)
     if not all(spec.is_sparse(layer) for layer in shard.layers):
         dense = max(dense, len(shard.ffn))
@@ -157,9 +164,9 @@ def step_bytes(
         *(inner, inner // 16, hidden),
     )
     vocab = _padded(len(shard.vocab) if shard.is_last() else 0)
-    logits = vocab * min(num_slots, MAX_POSITIONS)
+    logits = vocab * min(most_sequences(num_slots), MAX_POSITIONS)
     run = 8 * shard.queries_a_kv_head  # queries of a run of positions
-    scratch = max(4096 + rows * 128, run * (2 * spec.head_dim + pages * 64) * 4)
+    scratch = max(4096 + rows * 128, run * (2 * spec.head_dim + pages * PAGE_TOKENS) * 4)
     experts = 0
     if spec.experts is not None:
         every = _padded(spec.experts.num_experts)
@@ -202,7 +209,7 @@ def passing_bytes(
     scores = 2 * heads * min(positions, context_tokens) * context_tokens
     if fused and spec.latent is not None:
         scores = min(scores, 2 * LATENT_SCORES)
-    logits = 2 * spec.vocab_size * min(num_slots, positions)
+    logits = 2 * spec.vocab_size * min(most_sequences(num_slots), positions)
     return 4 * (positions * features + scores + logits)
 
 

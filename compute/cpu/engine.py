@@ -14,6 +14,7 @@ from compute.cpu.weights import Weights, load_weights
 from compute.kv_cache import KvCache
 from compute.stage import Peers, Row
 from models.checkpoint import Checkpoint
+from models.footprint import PAGE_TOKENS, most_sequences
 from models.sharding import RankShard
 from models.spec import ModelSpec
 
@@ -43,15 +44,18 @@ class CpuStage:
     ) -> None:
         self.spec, self.shard = spec, shard
         self.context_tokens, self.num_slots = context_tokens, num_slots
+        self.num_sequences = most_sequences(num_slots)
+        self.num_pages = num_slots * -(-context_tokens // PAGE_TOKENS)
         self._weights = weights
         self._cache = KvCache(
             num_layers=len(shard.layers),
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
             context_tokens=context_tokens,
-            num_slots=num_slots,
+            num_slots=self.num_sequences,
+            num_pages=self.num_pages,
         )
-        self._step = Step(spec, self._cache, shard, num_slots=num_slots, threads=threads)
+        self._step = Step(spec, self._cache, shard, num_slots=self.num_sequences, threads=threads)
         self._crew = Crew(threads)
         self._is_last = shard.is_last()
         self._sums_embedding = shard.is_first() and len(shard.embedding) < spec.vocab_size
@@ -92,7 +96,7 @@ class CpuStage:
 
     @property
     def kv_bytes(self) -> int:
-        """Key/value memory when every slot is full."""
+        """Key/value memory when every page is full."""
         return self._cache.memory_bytes
 
     @property
@@ -103,6 +107,7 @@ class CpuStage:
     def run(self, rows: Sequence[Row], incoming: Floats | None, peers: Peers | None) -> Floats:
         """See :meth:`compute.stage.Stage.run`."""
         step, last = self._step, self._num_halves + 2
+        self._cache.table.follow(rows)
         step.fill(rows)
         if incoming is not None:
             step.take(incoming)

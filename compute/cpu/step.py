@@ -13,7 +13,8 @@ from compute.cpu.layout import GROUP, padded
 from compute.cpu.matmul import UNPACKED_BYTES
 from compute.cpu.routing import SCRATCH_FLOATS
 from compute.cpu.sync import PHASE_BYTES
-from compute.kv_cache import PAGE_TOKENS, KvCache
+from compute.kv_cache import KvCache
+from compute.page_table import PAGE_TOKENS
 from compute.stage import Row
 from models.sharding import RankShard
 from models.spec import ModelSpec
@@ -46,7 +47,7 @@ class Step:
         self._buffers: list[npt.NDArray[Any]] = []
         self._views: dict[int, npt.NDArray[Any]] = {}
         self._vocab = len(shard.vocab) if shard.is_last() else 0
-        self.max_rows = min(t.MAX_ROWS, num_slots * cache.pages_a_slot * PAGE_TOKENS)
+        self.max_rows = min(t.MAX_ROWS, len(cache.data) * PAGE_TOKENS)
         hidden, inner = padded(spec.hidden_size), padded(_inner_features(spec, shard))
         queries = padded(len(shard.query_heads) * spec.head_dim)
         keys = padded(len(shard.kv_heads) * spec.head_dim)
@@ -90,7 +91,7 @@ class Step:
         table[t.NUM_THREADS] = threads
         table[t.SCRATCH_BYTES], table[t.SCORES_TOKENS] = scratch_bytes, scores_tokens
         table[t.CACHE] = cache.data.ctypes.data
-        table[t.PAGES] = cache.page_numbers.ctypes.data
+        table[t.PAGES] = cache.table.numbers.ctypes.data
         table[t.PAGES_A_SLOT], table[t.PAGE_BYTES] = cache.pages_a_slot, cache.page_bytes
 
     @property

@@ -100,7 +100,7 @@ ADDRESS, KIND, TILES, GROUPS, BIAS, FUNCTION, NUM_COLUMNS = range(7)
     SCRATCH_BYTES,
     SCORES_TOKENS,  # scores a query has room for
     CACHE,
-    PAGES,  # int64 (slots, pages a slot): number of the page in the cache
+    PAGES,  # int64 (slots, pages a slot): see ``compute.page_table``
     PAGES_A_SLOT,
     PAGE_BYTES,
     NUM_STEP,

@@ -43,15 +43,10 @@ class GroupedAttention:
         q = self._turned(self.q(n_ND), self.q_norm, step)
         k = self._turned(self.k(n_ND), self.k_norm, step)
         v = self.v(n_ND).reshape(num, -1, spec.head_dim)
+        cache.put(self.index, (_by_head(k), _by_head(v)))
         mixed = []
         for row, span in step.spans():
-            keys, values = cache.append(
-                self.index,
-                row.slot,
-                row.start,
-                (_by_head(k[span]), _by_head(v[span])),
-                first_seen(row, self.window),
-            )
+            keys, values = cache.seen(self.index, row, first_seen(row, self.window))
             out = attend(
                 _by_head(q[span]).astype(keys.dtype),
                 keys,

@@ -1,15 +1,17 @@
-"""Keys and values of every slot and layer: arrays that grow with their sequence.
+"""Keys and values of every page and layer.
 
-Shape letters: K key/value heads, L new positions, S positions seen, E features of a key.
+Shape letters: K key/value heads, N new positions of all rows, S positions seen, E features.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-PAGE_TOKENS = 256  # an array grows by so many positions, so that few steps copy
+from compute.page_table import PAGE_TOKENS, PageTable
+from compute.stage import Row
+from models.footprint import most_sequences
 
 
 class Cache:
@@ -30,45 +32,61 @@ class Cache:
         dtype: mx.Dtype,
     ) -> None:
         self.widths = widths
-        self._num_heads, self._context_tokens, self._dtype = num_heads, context_tokens, dtype
-        self._arrays: list[list[list[mx.array]]] = [
-            [[] for _ in range(num_slots)] for _ in range(num_layers)
+        pages_a_slot = -(-context_tokens // PAGE_TOKENS)
+        self.num_sequences, self.num_pages = most_sequences(num_slots), num_slots * pages_a_slot
+        self._dtype = dtype
+        positions = self.num_pages * PAGE_TOKENS
+        self._arrays = [
+            [mx.zeros((1, num_heads, positions, width), dtype) for width in widths]
+            for _ in range(num_layers)
         ]
-        elements = num_layers * num_slots * num_heads * context_tokens * sum(widths)
-        self.full_bytes = elements * dtype.size
+        mx.eval(self._arrays)
+        self.full_bytes = num_layers * num_heads * positions * sum(widths) * dtype.size
+        self._table = PageTable(
+            pages_a_slot=pages_a_slot, num_slots=self.num_sequences, num_pages=self.num_pages
+        )
+        self._new: list[tuple[slice, slice]] = []
+        self._seen: dict[tuple[int, int], list[slice]] = {}
 
-    def append(
-        self, layer: int, slot: int, start: int, new: tuple[mx.array, ...], first: int
-    ) -> list[mx.array]:
-        """Remember new positions; everything from position ``first`` to the last of them.
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Find out where the new positions of a step go."""
+        self._table.follow(rows)
+        self._new, at = [], 0
+        self._seen = {}
+        for row in rows:
+            for run in self._table.runs(row.slot, row.start, row.start + len(row.ids)):
+                stop = at + run.stop - run.start
+                self._new.append((run, slice(at, stop)))
+                at = stop
+
+    def put(self, layer: int, new: tuple[mx.array, ...]) -> None:
+        """Remember the new positions of all rows, before any is read.
 
         Args:
             layer: counted within the rank.
-            slot, start: whose, and where the new ones begin.
-            new: (1, K, L, E) for each of ``widths``.
-            first: start of what is wanted back.
+            new: (1, K, N, E) for each of ``widths``.
+        """
+        for array, values in zip(self._arrays[layer], new, strict=True):
+            values = values.astype(self._dtype)
+            for run, part in self._new:
+                array[:, :, run] = values[:, :, part]
+
+    def seen(self, layer: int, row: Row, first: int) -> list[mx.array]:
+        """Everything of a row from position ``first`` to its last new one.
 
         Returns:
             For each of ``widths`` (1, K, S, E).
         """
-        stop = start + new[0].shape[2]
-        held = self._arrays[layer][slot]
-        if not held or held[0].shape[2] < stop:
-            self._grow(held, stop)
-        for array, values in zip(held, new, strict=True):
-            array[:, :, start:stop] = values.astype(self._dtype)
-        return [array[:, :, first:stop] for array in held]
+        if (row.slot, first) not in self._seen:
+            stop = row.start + len(row.ids)
+            self._seen[row.slot, first] = self._table.runs(row.slot, first, stop)
+        runs = self._seen[row.slot, first]
+        return [_joined([array[:, :, run] for run in runs]) for array in self._arrays[layer]]
 
-    def arrays(self, slot: int) -> list[mx.array]:
-        """All arrays of a slot, to evaluate them with a step."""
-        return [array for layer in self._arrays for array in layer[slot]]
+    def arrays(self) -> list[mx.array]:
+        """All arrays, to evaluate them with a step."""
+        return [array for layer in self._arrays for array in layer]
 
-    def _grow(self, held: list[mx.array], tokens: int) -> None:
-        room = min(math.ceil(tokens / PAGE_TOKENS) * PAGE_TOKENS, self._context_tokens)
-        for index, width in enumerate(self.widths):
-            shape = (1, self._num_heads, room, width)
-            if index == len(held):
-                held.append(mx.zeros(shape, self._dtype))
-                continue
-            missing = room - held[index].shape[2]
-            held[index] = mx.pad(held[index], [(0, 0), (0, 0), (0, missing), (0, 0)])
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)

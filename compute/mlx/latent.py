@@ -57,9 +57,10 @@ class LatentAttention:
         c_NC = self._normed(joined[:, : latent.kv_rank], self.kv_a_norm)
         shared = step.rotated(joined[:, None, latent.kv_rank :], self.rope)[:, 0]
         known = mx.concatenate([c_NC, shared], axis=-1)
+        cache.put(self.index, (known[None, None],))
         mixed = []
         for row, span in step.spans():
-            (keys,) = cache.append(self.index, row.slot, row.start, (known[span][None, None],), 0)
+            (keys,) = cache.seen(self.index, row, 0)
             out = attend(
                 q_HN[:, span][None].astype(keys.dtype),
                 keys,

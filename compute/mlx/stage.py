@@ -55,6 +55,7 @@ class MlxStage:
             dtype=dtype,
         )
         self.weights_bytes: int = weights.num_bytes
+        self.num_sequences, self.num_pages = self._cache.num_sequences, self._cache.num_pages
         self.kv_bytes: int = self._cache.full_bytes
         self.workspace_bytes: int = passing_bytes(
             spec, shard, context_tokens, num_slots, fused=False
@@ -82,14 +83,15 @@ class MlxStage:
         dtype = dtype or activation_type(checkpoint)
         with _memory("weights"):
             weights = load_weights(checkpoint, shard, dtype=dtype, on_progress=on_progress)
-        stage = cls(
-            checkpoint.spec,
-            shard,
-            weights,
-            context_tokens=context_tokens,
-            num_slots=num_slots,
-            dtype=dtype,
-        )
+        with _memory("keys and values"):
+            stage = cls(
+                checkpoint.spec,
+                shard,
+                weights,
+                context_tokens=context_tokens,
+                num_slots=num_slots,
+                dtype=dtype,
+            )
         mx.set_cache_limit(stage.workspace_bytes)  # freed buffers that MLX keeps
         return stage
 
@@ -99,6 +101,7 @@ class MlxStage:
         """See :meth:`compute.stage.Stage.run`."""
         with _memory("a step"):
             step = Step(rows)
+            self._cache.begin(rows)
             if self.shard.is_first():
                 x_ND = self._embed(step, peers)
             else:
@@ -107,8 +110,7 @@ class MlxStage:
             for layer in self._weights.layers:
                 x_ND = self._layer(layer, x_ND, step, peers)
             out = self._output(x_ND, step, peers) if self.shard.is_last() else x_ND
-            touched = [array for row in rows for array in self._cache.arrays(row.slot)]
-            mx.eval(out, *touched)
+            mx.eval(out, *self._cache.arrays())
             return np.array(out, dtype=np.float32)
 
     def close(self) -> None:

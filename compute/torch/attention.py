@@ -41,15 +41,13 @@ def attention(
         k_NKE = rms_norm(k_NKE, weights.k_norm, spec.norm_eps).to(n_ND.dtype)
     turns = step.turns(spec.rope_of(layer))
     q_NHE, k_NKE = rotate(q_NHE, *turns), rotate(k_NKE, *turns)
-    cache.put(index, step, k_NKE, v_NKE)
+    cache.put(index, k_NKE, v_NKE)
     mixed_NHE = torch.empty_like(q_NHE)
     window = spec.windows[layer]
     for span in step.spans:
-        seen = slice(span.first(window), span.stop)
         mixed_NHE[span.flat] = attend(
             q_NHE[span.flat],
-            cache.keys[index, span.slot, :, seen],
-            cache.values[index, span.slot, :, seen],
+            *cache.seen(index, span, window),
             step.mask(span, window),
             scale=spec.attention_scale,
             cap=spec.attention_softcap,

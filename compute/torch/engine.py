@@ -44,6 +44,8 @@ class TorchStage:
     ) -> None:
         self.spec, self.shard = decoder.spec, decoder.shard
         self.context_tokens, self.num_slots = context_tokens, num_slots
+        self.num_sequences = decoder.cache.num_sequences
+        self.num_pages = decoder.cache.num_pages
         self.device = f"{device.type}:{device.index or 0}"
         self.weights_bytes = decoder.weights.memory_bytes
         self.kv_bytes = decoder.cache.memory_bytes
@@ -146,6 +148,7 @@ class TorchStage:
         if not rows:
             return np.empty((0, self.spec.vocab_size if last else self.spec.hidden_size), "f4")
         step = Step(rows, device=self._device, padded=self._padded)
+        decoder.cache.begin(rows, step)
 
         def total(share: Tensor) -> Tensor:
             if peers is None:

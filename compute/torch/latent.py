@@ -58,17 +58,17 @@ def attention(
     both = blocks.linear(n_ND, weights.down)
     c_NC = rms_norm(both[:, : latent.kv_rank], weights.down_norm, spec.norm_eps).to(n_ND.dtype)
     shared_N1P = rotate(both[:, None, latent.kv_rank :], *turns)
-    cache.put(index, step, torch.cat([c_NC[:, None], shared_N1P], -1))
+    cache.put(index, torch.cat([c_NC[:, None], shared_N1P], -1))
     keys_HEC, values_HVC = weights.up.split([latent.nope_dim, latent.v_dim], dim=1)
     q_NHC = blocks.run(lambda part: _by_head(part, keys_HEC), q_NHE[..., : latent.nope_dim])
     q = torch.cat([q_NHC, rotate(q_NHE[..., latent.nope_dim :], *turns)], -1)
     mixed_NHC = torch.empty_like(q_NHC)
     window = spec.windows[layer]
     for span in step.spans:
-        seen = cache.keys[index, span.slot, 0, span.first(window) : span.stop]
+        keys, _ = cache.seen(index, span, window)
         mixed_NHC[span.flat] = attend(
             q[span.flat],
-            seen,
+            keys[0],
             latent.kv_rank,
             step.mask(span, window),
             scale=spec.attention_scale,

@@ -40,7 +40,7 @@ class Step:
 
     Attributes:
         spans: where each row lies.
-        ids_N, slots_N, positions_N: int64, of every new position.
+        ids_N, positions_N: int64, of every new position.
         blocks: rows of a multiplication.
         order: places that the new positions have among the caller's; None where the same.
         ends: int64, places of the last positions of the rows that want logits, as the caller
@@ -58,7 +58,6 @@ class Step:
             spans[number] = Span(row.slot, row.start, row.start + len(row.ids), slice(at, stop))
             at = stop
         ids = [token for number in running for token in rows[number].ids]
-        slots = np.repeat([s.slot for s in spans.values()], [_length(s) for s in spans.values()])
         positions = np.concatenate([np.arange(s.start, s.stop) for s in spans.values()])
         order: Longs = np.concatenate(
             [np.arange(begins[number], begins[number + 1]) for number in running]
@@ -67,7 +66,6 @@ class Step:
         self.device = device
         self.spans = tuple(spans.values())
         self.ids_N = torch.tensor(ids, dtype=torch.int64, device=device)
-        self.slots_N = torch.from_numpy(slots.astype(np.int64)).to(device)
         self.positions_N = torch.from_numpy(positions.astype(np.int64)).to(device)
         self.order = None if np.array_equal(order, np.arange(len(order))) else order
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)

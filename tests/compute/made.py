@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.layout import expected_tensors
-from models.quant import KINDS
+from models.quant import KINDS, Bytes
 from models.spec import ModelSpec
 from models.tokenizer import Tokenizer
 from models.weights import Weight
@@ -39,6 +39,12 @@ class MadeCheckpoint:
 
     def release(self) -> None:
         pass
+
+    def mapped_files(self) -> dict[Path, Bytes]:
+        return {}
+
+    def read_when_opened(self) -> list[Bytes]:
+        return []
 
 
 def made(spec: ModelSpec, kinds: tuple[str, ...] = ("F32",), seed: int = 0) -> MadeCheckpoint:

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bridge import gen_server
 from bridge.node import Node
 from bridge.term import Atom, Pid, Term
 from compute.port_server import PortServer
+from compute.worker import Load
 from tests.models.tiny import llama_tensors, write_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # compiles on a fresh machine
@@ -108,9 +110,19 @@ def test_two_ports_become_a_mesh_and_the_head_answers(model: Path) -> None:
                         assert message[1] == ref
                         if message[0] == "done":
                             assert message[2] == expected, message
+                            assert message[4] == {"cached_tokens": 0, "wait_s": 0.0}
                             break
                         tokens += message[0] == "token"
                     assert tokens == (4 if expected == "length" else 0)
+
+                ok, load = await ports.call(0, Atom("queue"))
+                assert ok == "ok"
+                assert set(load) == {field.name for field in fields(Load)}
+                assert (load["waiting"], load["running"], load["wait_s"]) == (0, 0, 0.0)
+                assert load["most_running"] == 16
+                assert load["free_tokens"] == load["memory_tokens"] == 4 * 64
+                assert load["prompt_tokens"] == 3
+                assert (await ports.call(1, Atom("queue")))[:2] == ("error", "not_loaded")
 
                 # A new owner: what the one before let through is asked for again, if it is.
                 head, old, new = ports.pids[0], me.make_ref(), me.make_ref()

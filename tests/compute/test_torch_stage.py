@@ -289,7 +289,7 @@ def test_a_step_puts_single_tokens_first() -> None:
     rows = [Row(4, (1, 2, 3), 7), Row(2, (5,), 0), Row(0, (6, 7), 1, want_logits=False)]
     step = Step(rows, device=torch.device("cpu"), padded=True)
     assert step.ids_N.tolist() == [5, 1, 2, 3, 6, 7]
-    assert step.slots_N.tolist() == [2, 4, 4, 4, 0, 0]
+    assert [span.slot for span in step.spans] == [2, 4, 0]
     assert step.positions_N.tolist() == [0, 7, 8, 9, 1, 2]
     assert step.order is not None
     assert step.order.tolist() == [3, 0, 1, 2, 4, 5]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compute.engine import Row, check_rows
+from compute.page_table import PAGE_TOKENS, PageTable
 from compute.sampler import SamplingParams
 from compute.worker import Done, Event, Submit, Token, Worker
 from models.spec import ModelSpec, RopeSpec
@@ -36,16 +37,30 @@ POISON = 49  # a sequence with this token gets NaN
 
 
 class SumEngine:
-    """Favours the token ``sum of all ids so far, modulo 40``; remembers what each slot holds."""
+    """Favours the token ``sum of all ids so far, modulo 40``; its memory holds the ids."""
 
     spec = SPEC
 
-    def __init__(self, *, context_tokens: int = 32, num_slots: int = 2, depth: int = 1) -> None:
-        self.context_tokens, self.num_slots, self.depth = context_tokens, num_slots, depth
+    def __init__(
+        self,
+        *,
+        context_tokens: int = 32,
+        num_sequences: int = 2,
+        num_pages: int = 0,
+        depth: int = 1,
+    ) -> None:
+        self.context_tokens, self.num_sequences, self.depth = context_tokens, num_sequences, depth
+        pages_a_slot = -(-context_tokens // PAGE_TOKENS)
+        self.num_pages = num_pages or num_sequences * pages_a_slot
         self.under_way: deque[Sequence[Row]] = deque()
         self.most_under_way = 0
-        self.held: dict[int, list[int]] = {slot: [] for slot in range(num_slots)}
+        self.memory = np.full(self.num_pages * PAGE_TOKENS, -1)
+        self.table = PageTable(
+            pages_a_slot=pages_a_slot, num_slots=num_sequences, num_pages=self.num_pages
+        )
+        self.table.numbers[:] = -1  # until the worker says otherwise
         self.largest_step = 0
+        self.positions = 0  # run so far
 
     def start(self, rows: Sequence[Row]) -> None:
         self.under_way.append(rows)
@@ -56,19 +71,24 @@ class SumEngine:
         rows = self.under_way.popleft()
         check_rows(
             rows,
-            num_slots=self.num_slots,
+            num_sequences=self.num_sequences,
             context_tokens=self.context_tokens,
             vocab_size=VOCAB,
         )
-        self.largest_step = max(self.largest_step, sum(len(row.ids) for row in rows))
+        size = sum(len(row.ids) for row in rows)
+        self.positions += size
+        self.largest_step = max(self.largest_step, size)
         logits = []
-        for row in rows:
-            held = self.held[row.slot]
-            assert row.start <= len(held), "a position was left out"
-            held[row.start :] = row.ids
+        for row in rows:  # one after the other, as where a step is cut into parts
+            self.table.follow([row])
+            stop = row.start + len(row.ids)
+            self.memory[self.table.places(row.slot, row.start, stop)] = row.ids
+            held = self.memory[self.table.places(row.slot, 0, stop)]
+            assert self.table.numbers[row.slot, : -(-stop // PAGE_TOKENS)].min() >= 0
+            assert held.min() >= 0, "a position was left out"
             if row.want_logits:
                 favourite = np.zeros(VOCAB, dtype=np.float32)
-                favourite[sum(held) % 40] = 5.0
+                favourite[held.sum() % 40] = 5.0
                 logits.append(favourite + (np.nan if POISON in held else 0))
         return np.asarray(logits, dtype=np.float32).reshape(-1, VOCAB)
 
@@ -122,7 +142,7 @@ def test_more_requests_than_slots_all_get_their_own_answers() -> None:
 
 
 def test_all_stages_of_a_pipeline_have_a_step_under_way() -> None:
-    engine = SumEngine(num_slots=4, depth=2)
+    engine = SumEngine(num_sequences=4, depth=2)
     worker = Worker(engine, prefill_chunk_tokens=4)
     prompts = {key: [key, key + 1] for key in range(4)}
     for key, prompt in prompts.items():
@@ -140,7 +160,7 @@ def test_all_stages_of_a_pipeline_have_a_step_under_way() -> None:
 
 
 def test_a_long_prompt_fills_the_pipeline_with_its_own_chunks() -> None:
-    engine = SumEngine(num_slots=1, depth=3)
+    engine = SumEngine(num_sequences=1, depth=3)
     worker = Worker(engine, prefill_chunk_tokens=4)
     worker.submit(order("long", range(20)))
     worker.step()
@@ -149,7 +169,7 @@ def test_a_long_prompt_fills_the_pipeline_with_its_own_chunks() -> None:
 
 
 def test_who_is_cancelled_under_way_does_not_speak_again() -> None:
-    engine = SumEngine(num_slots=1, depth=2)
+    engine = SumEngine(num_sequences=1, depth=2)
     worker = Worker(engine, prefill_chunk_tokens=2)
     worker.submit(order("x", (1, 2, 3, 4)))
     assert worker.step() == []
@@ -172,10 +192,10 @@ def test_a_resumed_request_goes_on_where_it_was() -> None:
 
 def test_sampled_tokens_do_not_depend_on_company_or_a_crash() -> None:
     params = SamplingParams(seed=11, temperature=3.0)
-    alone = Worker(SumEngine(num_slots=1))
+    alone = Worker(SumEngine(num_sequences=1))
     alone.submit(order("x", (1, 2), params=params, max_tokens=12))
     answer = tokens(run(alone)["x"])
-    together = Worker(SumEngine(num_slots=3), prefill_chunk_tokens=2)
+    together = Worker(SumEngine(num_sequences=3), prefill_chunk_tokens=2)
     for key in ("a", "b"):
         together.submit(order(key, range(9), params=SamplingParams(seed=1)))
     resumed = {"params": params, "max_tokens": 12, "generated_ids": tuple(answer[:5])}
@@ -272,7 +292,7 @@ def test_an_id_in_use_is_refused_and_is_free_again_after_the_end() -> None:
 
 
 def test_cancel_takes_back_waiting_running_and_refused_requests() -> None:
-    worker = Worker(SumEngine(num_slots=1))
+    worker = Worker(SumEngine(num_sequences=1))
     for key in ("running", "waiting"):
         worker.submit(order(key, (1,)))
     worker.submit(order("refused", ()))
@@ -291,7 +311,7 @@ def test_cancel_takes_back_waiting_running_and_refused_requests() -> None:
 @given(data=st.data())
 def test_answers_are_right_whatever_comes_and_goes(data: st.DataObject) -> None:
     worker = Worker(
-        SumEngine(num_slots=data.draw(st.integers(1, 3)), depth=data.draw(st.integers(1, 4))),
+        SumEngine(num_sequences=data.draw(st.integers(1, 3)), depth=data.draw(st.integers(1, 4))),
         prefill_chunk_tokens=data.draw(st.integers(1, 9)),
     )
     number = st.integers(0, 39)

@@ -141,7 +141,7 @@ class Lab:
                     found.append(token)
                     if len(found) == len(generated) + 5:
                         midway()
-                case ("done", _, reason, text):
+                case ("done", _, reason, text, *_):
                     assert reason == "length", text
                     return found
                 case ("DOWN", _, _, _, _):
