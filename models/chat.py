@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.nodes
 
 from models.errors import TemplateError
 from models.template_sandbox import BoundedEnvironment, Budget, current_budget
@@ -82,14 +83,28 @@ def render(
 
 
 @lru_cache(maxsize=64)
+def names_in(template: str) -> frozenset[str]:
+    """Every variable that a template reads or sets. Raises TemplateError."""
+    try:
+        tree = _environment().parse(template)
+    except (jinja2.TemplateError, RecursionError) as exc:
+        raise TemplateError(f"chat template: {exc}") from exc
+    return frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
+
+
+@lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", "models.template_sandbox.GenerationTag"],
     )
     environment.filters["tojson"] = _tojson
-    return environment.from_string(source)
+    return environment
 
 
 def _tojson(

@@ -51,10 +51,13 @@ class Constraint:
             syntax, no look-around); ``lark`` a grammar in llguidance's form of Lark, its rule
             ``start``; ``choice`` one of the texts in the JSON list ``text``.
         text: "" for ``json_object``.
+        before: Lark rules of what comes before it, the first of them ``before``; "" for nothing.
+            Made by ``models.tool_grammar.after_thinking``.
     """
 
     kind: Kind
     text: str = ""
+    before: str = ""
 
 
 def choice(texts: Sequence[str]) -> Constraint:
@@ -81,7 +84,7 @@ def source(constraint: Constraint) -> str:
     kind, text = constraint.kind, constraint.text
     if kind not in KINDS:
         raise BadConstraint(kind, f"none of {', '.join(KINDS)}")
-    size = len(text.encode("utf-8", "replace"))
+    size = len(text.encode("utf-8", "replace")) + len(constraint.before)
     if size > MAX_TEXT_BYTES:
         raise BadConstraint(kind, f"{size} bytes; at most {MAX_TEXT_BYTES} are taken")
     found: dict[str, Any]
@@ -99,7 +102,12 @@ def source(constraint: Constraint) -> str:
             found = {"lark_grammar": text}
         case "choice":
             found = {"lark_grammar": _choice_rule(text)}
-    grammar = json.dumps({"grammars": [found]}, ensure_ascii=False)
+    grammars = [found]
+    if constraint.before:
+        _check_lark(constraint.before)
+        first = {"lark_grammar": f"start: before @answer\n{constraint.before}"}
+        grammars = [first, {"name": "answer", **found}]
+    grammar = json.dumps({"grammars": grammars}, ensure_ascii=False)
     _try_out(kind, grammar)
     return grammar
 
@@ -165,7 +173,7 @@ def _try_out(kind: str, grammar: str) -> None:
     for message in messages:
         if failed or not message.startswith(_NO_TOKENIZER):
             raise BadConstraint(kind, _shown(message))
-    if kind == "lark":
+    if messages:
         return  # its special tokens are known to the rank alone
     matcher = LLMatcher(_bytes_tokenizer(), grammar, log_level=0, limits=limits)
     if not matcher.is_error():

@@ -37,13 +37,13 @@ BYTE_OF = _byte_alphabet()
 class Detokenizer:
     """Text of one answer, token by token; holds back the bytes of an unfinished character."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, *, hidden_ids: frozenset[int]) -> None:
+        self._tokenizer, self._hidden_ids = tokenizer, hidden_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Text that is certain now; empty while a character is incomplete."""
-        if self._skip_special and token_id in self._tokenizer.special_ids:
+        if token_id in self._hidden_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -147,9 +147,12 @@ class Tokenizer:
                 pass  # looks like a byte and is none
         return str(piece).replace("▁", " ").encode()
 
-    def stream(self, *, skip_special: bool = True) -> Detokenizer:
-        """A fresh detokenizer for one answer."""
-        return Detokenizer(self, skip_special=skip_special)
+    def stream(
+        self, *, skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A fresh detokenizer for one answer; ``shown`` are control tokens not to be skipped."""
+        hidden = self.special_ids - shown if skip_special else frozenset()
+        return Detokenizer(self, hidden_ids=hidden)
 
     def id_of(self, token: str) -> int | None:
         """Id of a token by its exact spelling in the vocabulary."""
