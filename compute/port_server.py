@@ -26,8 +26,8 @@ sends ``{load_progress, Port, Done, Total}``            to the owner
 one, and says which group of ranks it is loaded in already (empty text: none). Requests go to the
 head of a mesh alone. A requester is monitored: when it dies, its requests are cancelled.
 
-``grammar => #{kind, text}`` in a submit constrains its answer (``models/constraint.py``). It is
-compiled on a thread of its own before the request joins the batch, so that no stream waits for it.
+``grammar => #{kind, text, before}`` in a submit constrains its answer: ``models/constraint.py``. It
+is compiled on a thread of its own before the request joins the batch, so that no stream waits.
 
 ``Reason`` is ``stop``, ``length``, ``error``, ``cancelled``, or ``busy``: so many requests wait
 already that this one was not taken. ``Info`` is a map: ``cached_tokens`` of the prompt that did

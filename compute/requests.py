@@ -118,7 +118,7 @@ class _SubmitOrder:
     seed: int = 0
     stop_ids: tuple[int, ...] | list[int] = ()
     logprobs: int = -1  # -1: none wanted
-    grammar: dict[Any, Term] = field(default_factory=dict)  # kind, text; empty: any answer
+    grammar: dict[Any, Term] = field(default_factory=dict)  # kind, text, before; empty: any answer
     fair_key: str = ""  # requests of different keys take turns; empty is a key like any other
 
 
@@ -148,13 +148,14 @@ def to_submit(ref: Ref, options: Mapping[Any, Term]) -> Submit:
 
 
 def _constraint(given: Mapping[Any, Term]) -> Constraint:
-    unknown = {str(key) for key in given} - {"kind", "text"}
-    if unknown:
-        raise BadRequest(f"grammar: unknown key {min(unknown)!r}")
-    kind, text = str(given.get("kind", "")), given.get("text", "")
-    if kind not in KINDS or not isinstance(text, str | bytes):
-        raise BadRequest(f"grammar: expected a kind of {', '.join(KINDS)} and a text")
-    return Constraint(kind, text_of(text))  # type: ignore[arg-type]  # one of KINDS
+    values = {str(key): value for key, value in given.items()}
+    for name in values:
+        if name not in ("kind", "text", "before"):
+            raise BadRequest(f"grammar: unknown key {name!r}")
+    kind, texts = str(values.get("kind")), (values.get("text", ""), values.get("before", ""))
+    if kind not in KINDS or not all(isinstance(text, str | bytes) for text in texts):
+        raise BadRequest(f"grammar: expected one of {', '.join(KINDS)} as kind, and texts")
+    return Constraint(kind, *map(text_of, texts))  # type: ignore[arg-type]  # one of KINDS
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -199,6 +199,7 @@ def _options(entry: Entry) -> dict[Any, Term]:
         options[Atom("grammar")] = {
             Atom("kind"): Atom(r.constraint.kind),
             Atom("text"): r.constraint.text,
+            Atom("before"): r.constraint.before,
         }
     return options
 

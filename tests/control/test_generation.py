@@ -13,12 +13,20 @@ from bridge.gen_server import GenServer
 from bridge.node import Node
 from bridge.process import Process
 from bridge.term import Atom, Pid, Ref, Term
+from bridge.text import text_of
 from control.backend import DoneEvent, GenerateRequest, TokenEvent
 from control.generation import GenerationLimits, generate
 from control.journal import Journal
+from models.constraint import Constraint
 
 LIMITS = GenerationLimits(route_s=5.0, token_s=5.0)
-REQUEST = GenerateRequest(model="m", prompt_ids=(1, 2, 3), max_tokens=12, request_id="r")
+REQUEST = GenerateRequest(
+    model="m",
+    prompt_ids=(1, 2, 3),
+    max_tokens=12,
+    request_id="r",
+    constraint=Constraint("regex", "a+"),
+)
 
 
 class Books(GenServer):
@@ -64,6 +72,8 @@ class Server(GenServer):
     async def _speak(self, me: Process, to: Pid, ref: Ref, options: dict[Any, Term]) -> None:
         start = len(options["generated"])
         assert options["generated"] == [100 + n for n in range(start)]
+        grammar = {key: text_of(value) for key, value in options["grammar"].items()}
+        assert grammar == {"kind": "regex", "text": "a+", "before": ""}
         if self.admits:
             me.send(to, (Atom("admitted"), ref))
         for index in range(start, options["max_tokens"]):
