@@ -2,7 +2,8 @@
 
 Answers ``{"prepare": host}`` with its place, ``{"load": order}`` with its facts; then a follower
 follows until its head is gone, and the head answers ``{"generate": [ids, ...], "count": n}`` with
-the greedy tokens of each prompt. An error is answered with its type and text.
+the greedy tokens of each prompt, all at once or ``in_turn``, and how many of its own were cached.
+An error is answered with its type and text.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Rank:
         assert self.loaded.engine is not None
         worker = Worker(self.loaded.engine, prefill_chunk_tokens=command.get("chunk", 64))
         answers: list[list[int]] = [[] for _ in command["generate"]]
+        cached = [0] * len(answers)
+        start_s = time.perf_counter()
         for number, ids in enumerate(command["generate"]):
             worker.submit(
                 Submit(
@@ -52,12 +55,15 @@ class Rank:
                     params=SamplingParams(temperature=0),
                 )
             )
-        start_s = time.perf_counter()
-        while not worker.idle:
-            for event in worker.step():
-                if isinstance(event, Token):
-                    answers[event.request_id].append(event.token_id)  # type: ignore[call-overload]
-        return {"ids": answers, "seconds": time.perf_counter() - start_s}
+            last = number == len(answers) - 1
+            while not worker.idle and (last or command.get("in_turn")):
+                for event in worker.step():
+                    assert isinstance(event.request_id, int)
+                    if isinstance(event, Token):
+                        answers[event.request_id].append(event.token_id)
+                    else:
+                        cached[event.request_id] = event.cached_tokens
+        return {"ids": answers, "cached": cached, "seconds": time.perf_counter() - start_s}
 
     def follow(self) -> None:
         assert self.loaded is not None

@@ -337,3 +337,122 @@ def test_answers_are_right_whatever_comes_and_goes(data: st.DataObject) -> None:
         if cancels[key] is None:
             assert out[key][-1] == Done(key, "length")
             assert found == whole
+
+
+def one_by_one(worker: Worker, *requests: Submit) -> list[Done]:
+    """The ends of requests of which each comes when the one before has ended."""
+    ends = []
+    for request in requests:
+        worker.submit(request)
+        events = run(worker)[request.request_id]
+        assert tokens(events) == expected(request.prompt_ids, request.max_tokens)
+        assert isinstance(events[-1], Done)
+        ends.append(events[-1])
+    return ends
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [(seed + number * number) % 37 for number in range(length)]
+
+
+def test_what_came_before_need_not_run_again() -> None:
+    engine = SumEngine(context_tokens=512, num_sequences=4)
+    worker = Worker(engine)
+    system, first = prompt(150), prompt(30, 5)
+    chat = [*system, *first, *expected([*system, *first], 5)]
+    ends = one_by_one(
+        worker,
+        order("a", [*system, *first]),
+        order("b", [*system, 9, 9]),
+        order("c", [*chat, 8, 8, 8, 8, 8]),
+        order("d", prompt(150, 1)),
+    )
+    assert [end.cached_tokens for end in ends] == [0, 128, 128, 0]
+    assert engine.positions == sum((180, 152, 190, 150)) + 4 * 4 - 2 * 128
+    load = worker.load()
+    assert (load.prompt_tokens, load.cached_tokens) == (180 + 152 + 190 + 150, 256)
+    assert load.free_tokens == load.memory_tokens == 4 * 512
+    assert 0 < load.kept_tokens < load.free_tokens
+    assert load.tokens_per_s > 0
+    assert load.prompt_tokens_per_s > 0
+
+
+def test_a_resumed_answer_does_not_count_as_a_prompt_that_was_cached() -> None:
+    worker = Worker(SumEngine(context_tokens=256))
+    ask = prompt(20)
+    worker.submit(order("x", ask, max_tokens=150))
+    answer = tokens(run(worker)["x"])
+    worker.submit(order("y", ask, generated_ids=tuple(answer[:120]), max_tokens=150))
+    events = run(worker)["y"]
+    assert tokens(events) == answer[120:]
+    assert events[-1] == Done("y", "length", cached_tokens=20)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_answers_are_right_with_little_memory(data: st.DataObject) -> None:
+    """Prompts that begin alike, pages that are shared, taken away and run again."""
+    engine = SumEngine(
+        context_tokens=192,
+        num_sequences=data.draw(st.integers(1, 4)),
+        num_pages=data.draw(st.integers(3, 7)),
+        depth=data.draw(st.integers(1, 3)),
+    )
+    worker = Worker(engine, prefill_chunk_tokens=data.draw(st.integers(1, 90)))
+    prompts, answers = [], []
+    for _ in range(data.draw(st.integers(1, 6))):
+        shared = prompt(data.draw(st.sampled_from([0, 30, 64, 130])))
+        own = data.draw(st.lists(st.integers(0, 36), min_size=1, max_size=20))
+        prompts.append([*shared, *own])
+        answers.append(data.draw(st.integers(1, 40)))
+    late = data.draw(st.integers(0, 5))
+    for key in range(len(prompts)):
+        if key < late:
+            worker.submit(order(key, prompts[key], max_tokens=answers[key]))
+    for _ in range(data.draw(st.integers(0, 30)) if late else 0):
+        early = [e for e in worker.step() if isinstance(e, Done)]
+        assert all(e.reason == "length" for e in early)
+    for key in range(late):
+        worker.cancel(key)
+    for key in range(len(prompts)):
+        worker.submit(order(key, prompts[key], max_tokens=answers[key]))
+    out = run(worker)
+    for key in range(len(prompts)):
+        assert tokens(out[key]) == expected(prompts[key], answers[key])
+    assert worker.load().free_tokens == worker.load().memory_tokens
+
+
+def test_a_full_queue_refuses_and_says_for_how_long() -> None:
+    seconds = iter(range(1000))
+    engine = SumEngine(num_sequences=1)
+    worker = Worker(engine, queue_limit=2, clock=lambda: float(next(seconds)))
+    for key in range(3):
+        worker.submit(order(key, (1, 2)))
+    worker.submit(order("full", (1, 2)))
+    assert worker.step()[0] == Done(
+        "full", "busy", "2 requests wait already; try again in 0 s", wait_s=0.0
+    )
+    for _ in range(6):
+        worker.step()  # each takes a second; the first request has ended
+    worker.submit(order("taken", (1, 2)))
+    load = worker.load()
+    assert (load.running, load.waiting, load.most_running, load.queue_limit) == (1, 2, 1, 2)
+    assert load.wait_s == pytest.approx(3 * 7.0)  # of seven steps one has come to an end
+    worker.submit(order("again", (1, 2), generated_ids=(3,)))  # what has begun goes on
+    worker.submit(order("full", (1, 2)))
+    refused = [e for e in worker.step() if isinstance(e, Done)]
+    assert [(e.request_id, e.reason, e.wait_s) for e in refused] == [("full", "busy", 28.0)]
+    assert {key for key, events in run(worker).items() if events[-1].reason == "length"} >= {  # type: ignore[union-attr]
+        "taken",
+        "again",
+    }
+    assert worker.load().wait_s == 0.0
+
+
+def test_keys_take_turns() -> None:
+    worker = Worker(SumEngine(num_sequences=1))
+    for key in range(3):
+        worker.submit(order(key, (1, 2), max_tokens=1, fair_key="greedy"))
+    worker.submit(order("modest", (1, 2), max_tokens=1, fair_key="modest"))
+    assert list(run(worker)) == [0, "modest", 1, 2]
