@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.bool_]
 
 MAX_COMPILED: Final = 32  # grammars kept; their tables grow to some MB at most
-MASK_S: Final = 0.02  # of processor time that a grammar may take for each token in the long run
-MASK_BURST_S: Final = 0.5  # and beyond that, once
+MASK_S: Final = 0.01  # of processor time that a grammar may take for each token in the long run
+MASK_BURST_S: Final = 0.25  # and beyond that, once
 
 
 class Matcher:
