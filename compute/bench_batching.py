@@ -18,6 +18,7 @@ import numpy as np
 from compute.engine import load_engine
 from compute.sampler import SamplingParams
 from compute.worker import Done, Submit, Token, Worker
+from models.checkpoint import open_checkpoint
 
 
 class Streams:
@@ -89,24 +90,28 @@ def gaps_s(streams: Streams, names: list[str], since_s: float) -> list[float]:
     ]
 
 
-def latency(streams: Streams, *, num_streams: int, prompt_tokens: int) -> dict[str, Any]:
+def latency(
+    streams: Streams, *, num_streams: int, prompt_tokens: int, quiet_steps: int
+) -> dict[str, Any]:
     """Waits of running streams without and with a long prompt; a short one comes behind it."""
     names = [f"stream {number}" for number in range(num_streams)]
     for name in names:
-        streams.submit(name, 64, 4000)
+        streams.submit(name, 16, 1 << 20)
     while not all(streams.times_s[name] for name in names):
         streams.step()
     quiet_s = time.perf_counter()
-    for _ in range(60):
+    for _ in range(quiet_steps):
         streams.step()
     quiet = gaps_s(streams, names, quiet_s)
     busy_s = time.perf_counter()
     streams.submit("long", prompt_tokens, 2)
     streams.step()
     streams.submit("short", 20, 2)
-    while not streams.times_s["long"]:
+    while not (streams.times_s["long"] and streams.times_s["short"]):
         streams.step()
     busy = gaps_s(streams, names, busy_s)
+    if not quiet or not busy:
+        raise ValueError("the streams ended too soon to be timed: the context is too short")
     return {
         "quiet_ms": summary_ms(quiet),
         "busy_ms": summary_ms(busy),
@@ -132,11 +137,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--streams", default="1,4,16", help="numbers of streams, with commas")
     parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="of the long prompt")
+    parser.add_argument("--quiet-steps", type=int, default=60)
     parser.add_argument("--slots", type=int, default=4)
     given = parser.parse_args(arguments)
     engine = load_engine(
         given.model,
-        context_tokens=given.prompt_tokens + 512,
+        context_tokens=min(
+            given.prompt_tokens + 1024, open_checkpoint(given.model).spec.context_length
+        ),
         num_slots=given.slots,
         threads=given.threads,
         device=given.device,
@@ -151,7 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
             count: round(throughput(streams, int(count), given.answer_tokens), 1)
             for count in given.streams.split(",")
         },
-        "inter_token": latency(streams, num_streams=2, prompt_tokens=given.prompt_tokens),
+        "inter_token": latency(
+            streams,
+            num_streams=2,
+            prompt_tokens=given.prompt_tokens,
+            quiet_steps=given.quiet_steps,
+        ),
     }
     engine.close()
     print(json.dumps(result))

@@ -77,7 +77,7 @@ ContextOption = Annotated[
     typer.Option(metavar="N", min=1, help="Tokens of one request, prompt and answer together."),
 ]
 SlotsOption = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Requests served at once.")
+    int | None, typer.Option(metavar="N", min=1, help="Requests of full length that memory is for.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads a rank.")]
 DeviceOption = Annotated[

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compute import bench_engine
+from compute import bench_batching, bench_engine
 from compute.cpu.decoder import run_step
 from compute.cpu.engine import CpuStage
 from compute.cpu.warm import warm_up
@@ -21,7 +21,7 @@ from compute.worker import Done, Submit, Token, Worker
 from models.checkpoint import open_checkpoint
 from models.errors import CorruptModel, NoSuchModel
 from models.mesh import whole
-from ops.bench import engine_speed
+from ops.bench import batching, engine_speed
 from tests.models.tiny import llama_tensors, write_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # compiles on a fresh machine
@@ -162,12 +162,19 @@ def test_the_cache_holds_what_was_computed(model: Path) -> None:
     two.close()
 
 
-def test_the_bench_prints_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benches_print_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--prompt-tokens", "40", "--decode-tokens", "8", "--slots", "2"]
     bench_engine.main([str(model), *options])
     result = json.loads(capsys.readouterr().out)
     assert result["device"] == "cpu:0"
     assert result["decode_tokens_per_s"] > 0
     assert result["prefill_tokens_per_s"] > 0
+    options = ["--prompt-tokens", "40", "--answer-tokens", "4", "--quiet-steps", "5"]
+    bench_batching.main([str(model), "--streams", "1,2", *options])
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["tokens_per_s"]) == {"1", "2"}
+    assert result["inter_token"]["ratio_p50"] > 0
+    with pytest.raises(RuntimeError, match="the measuring process failed"):
+        batching.run(model / "nothing", [])
     with pytest.raises(RuntimeError, match="the measuring process failed"):
         engine_speed.run(model / "nothing", threads=1, device="cpu")

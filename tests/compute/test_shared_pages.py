@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compute.stage import Row, Stage, load_stage
+from compute.stage import FloatArray, Row, Stage, load_stage
 from compute.torch.engine import TorchStage
 from models.footprint import most_sequences
 from models.mesh import whole
@@ -65,7 +65,7 @@ def test_where_pages_lie_and_whose_they_are_changes_no_logits(family: str, kerne
     (plain,) = stage.run([Row(0, ids, 0)], None, None)
     (after,) = stage.run([Row(0, (5,), 150)], None, None)
 
-    def close(found: object, wanted: object) -> None:
+    def close(found: FloatArray, wanted: FloatArray) -> None:
         if kernels == "compiled":
             np.testing.assert_array_equal(found, wanted)  # the same bits
         else:
