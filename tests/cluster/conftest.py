@@ -14,25 +14,38 @@ from models.card import load_cards
 from tests.cluster.live_node import LiveNode, free_tcp_port
 
 MODEL = "smollm2-135m-instruct"
+CACHE = Path.home() / ".cache" / "phalanx-tests"
 MakeNode = Callable[..., LiveNode]
 
 
 @pytest.fixture(scope="session")
-def models_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration that finds the default model's file, fetched once for all tests."""
-    store = Path.home() / ".cache" / "phalanx-tests" / "store"
-    asyncio.run(_fetch(store))
+def model_file() -> Path:
+    """The default model's file, fetched once for all tests."""
+    return asyncio.run(_fetch(CACHE / "store"))
+
+
+@pytest.fixture(scope="session")
+def kernel_cache() -> Path:
+    """Where compiled code is kept for all tests."""
+    return CACHE / "kernels"
+
+
+@pytest.fixture(scope="session")
+def models_config(
+    model_file: Path, kernel_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A configuration that finds the default model's file."""
     config = tmp_path_factory.mktemp("config") / "config.yaml"
-    kernels = store.parent / "kernels"
     config.write_text(
-        f"models:\n  dir: {store}\nengine:\n  slots: 4\n  threads: 1\n  kernel_cache: {kernels}\n"
+        f"models:\n  dir: {CACHE / 'store'}\n"
+        f"engine:\n  slots: 4\n  threads: 1\n  kernel_cache: {kernel_cache}\n"
     )
     return config
 
 
-async def _fetch(store: Path) -> None:
+async def _fetch(store: Path) -> Path:
     try:
-        await ModelStore(store, load_cards()).ensure(MODEL)
+        return await ModelStore(store, load_cards()).ensure(MODEL)
     except DownloadFailed as exc:
         pytest.skip(f"the default model cannot be fetched: {exc}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,13 @@ class LiveNode:
     reader: threading.Thread | None = None
     ready_s: float = 0.0  # from the start of the command to its ready line
     prefix: tuple[str, ...] = ()  # before every command, such as `ip netns exec NAME`
+    inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # where it listens
+    environ: dict[str, str] = field(default_factory=dict)  # besides ours
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "ERL_EPMD_PORT": str(self.epmd_port), "OMP_NUM_THREADS": "1"}
+        ours = {"ERL_EPMD_PORT": str(self.epmd_port), "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **ours, **self.environ}
 
     @property
     def cookie(self) -> str:
@@ -98,8 +104,15 @@ class LiveNode:
         )
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"{self.url}/cluster/status", timeout=10).json()
+        found: dict[str, Any] = self.get("status")
         return found
+
+    def get(self, what: str, timeout_s: float = 10.0) -> Any:
+        """The answer of ``GET /cluster/...``."""
+        with self.inside():
+            answer = httpx.get(f"{self.url}/cluster/{what}", timeout=timeout_s)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
     def instance(self) -> dict[str, Any]:
         """The only instance."""

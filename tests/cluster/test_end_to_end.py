@@ -29,7 +29,7 @@ def client_of(node: LiveNode) -> openai.OpenAI:
 def ask(node: LiveNode, *, max_tokens: int = 24, text: str = "", model: str = MODEL) -> str:
     """One greedy answer."""
     messages = [{"role": "user", "content": text}] if text else QUESTION
-    with client_of(node) as client:
+    with node.inside(), client_of(node) as client:
         answer = client.chat.completions.create(
             model=model,
             messages=messages,  # type: ignore[arg-type]  # plain dicts are fine at run time
@@ -53,7 +53,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         try:
-            with client_of(self._node) as client:
+            with self._node.inside(), client_of(self._node) as client:
                 for chunk in client.chat.completions.create(
                     model=self._model,
                     messages=[{"role": "user", "content": "Tell me a long story about a fox."}],

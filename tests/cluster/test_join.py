@@ -53,15 +53,15 @@ class Machine:
 
 
 class Feed:
-    """``GET /cluster/events`` of a machine, read by a thread: ``(seconds, kind, data)``."""
+    """``GET /cluster/events`` of a node, read by a thread: ``(seconds, kind, data)``."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, node: LiveNode) -> None:
         self.events: list[tuple[float, str, dict[str, Any]]] = []
-        url = f"{machine.node.url}/cluster/events"
+        url = f"{node.url}/cluster/events"
         code = "import sys,httpx\nwith httpx.stream('GET',sys.argv[1],timeout=None) as r:\n"
         code += " for line in r.iter_lines(): print(line, flush=True)"
         self._process = subprocess.Popen(
-            [*machine.place.prefix, sys.executable, "-c", code, url],
+            [*node.prefix, sys.executable, "-c", code, url],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -90,6 +90,15 @@ class Feed:
             return [t for t, k, d in list(self.events) if k == kind and d.get("node") == node]
 
         return wait_until(found, timeout_s, f"{kind} of {node} in {self.events}")[0]
+
+    def wait_leader(self, node: str, timeout_s: float) -> float:
+        """When ``node`` was first heard to lead, and may place."""
+
+        def found() -> list[float]:
+            told = [(t, d) for t, k, d in list(self.events) if k == "leader" and d["authority"]]
+            return [t for t, d in told if d["leader"] == node]
+
+        return wait_until(found, timeout_s, f"{node} leads in {self.events}")[0]
 
     def stop(self) -> None:
         self._process.kill()
@@ -178,7 +187,7 @@ def test_a_machine_with_another_cookie_is_seen_and_named_and_never_joined(
 
 def test_a_cut_link_is_noticed_and_the_machine_comes_back_with_it(auto: list[Machine]) -> None:
     a, b, _, guest = auto
-    feeds = [Feed(a), Feed(guest)]
+    feeds = [Feed(a.node), Feed(guest.node)]
     try:
         for feed in feeds:
             feed.wait_open()

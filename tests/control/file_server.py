@@ -40,9 +40,9 @@ class _Server(ThreadingHTTPServer):
 
 
 class FileServer:
-    """Serves ``files`` (path -> Served) on a free loopback port; notes every request."""
+    """Serves ``files`` (path -> Served) on a free port, of loopback; notes every request."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.files: dict[str, Served] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range header
         self.missing_headers: dict[str, str] = {}  # sent with each 404
@@ -61,12 +61,12 @@ class FileServer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._http = _Server(("127.0.0.1", 0), Handler)
+        self._http = _Server((host, 0), Handler)
         self._thread = threading.Thread(
             target=self._http.serve_forever, kwargs={"poll_interval": 0.02}
         )
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.url = f"http://{host}:{self._http.server_port}"
 
     def add(self, path: str, data: bytes, **more: object) -> str:
         """Serve ``data`` at ``path``; the whole URL."""
