@@ -77,6 +77,7 @@ class Leading:
         self._up, self._now_s, self._on_open = up, now_s, on_open
         self._node = str(me.node.name)
         self._epoch, self._roster = 0, Roster("", (0, 0), ())
+        self._went_s: dict[str, float] = {}  # when machines went
         self.complete = False
         self._reconsiders = False  # soon
         self.instances = Instances(
@@ -288,6 +289,7 @@ class Leading:
     def node_down(self, node: str) -> None:
         """A machine went: for good?"""
         self.instances.moves.note_down(node)
+        self._went_s[node] = self._now_s()
         if self.complete:
             self._judge(node)
 
@@ -345,10 +347,17 @@ class Leading:
         held = {node for record in self._books if record.spec for node in record.spec.nodes}
         for node in held - machines:  # it went meanwhile
             self._judge(node)
-        if self._roster.everyone <= answered:
+        wait_s = max([0.0, *map(self._may_come_in_s, self._roster.everyone - answered)])
+        if wait_s > 0:  # machines of before may be about to come, with what they run
+            self._me.send_after(wait_s, self._me.pid, (Atom("settled"), epoch))
+        else:
             self._begin_missing(epoch)
-        else:  # machines of before may be about to come, with what they run
-            self._me.send_after(SETTLE_S, self._me.pid, (Atom("settled"), epoch))
+
+    def _may_come_in_s(self, node: str) -> float:
+        """How long to wait for a machine that has not said what it runs."""
+        if node in self._went_s and node not in self._up:  # seen to go: see ``group_orders.judge``
+            return self._went_s[node] + group_orders.GRACE_S - self._now_s()
+        return SETTLE_S
 
     def _begin_missing(self, epoch: int) -> None:
         """Bring up what should run and does not, the most important first."""
