@@ -38,6 +38,8 @@ CTL = SCRIPTS / ("ctl.exe" if WINDOWS else "ctl")
 NEEDED = (3, 11)
 LOCK_TIMEOUT_S = 3600.0
 TAIL_LINES = 20
+# Two tests at a time, each file by one process; arguments that come later win (`-n 0`).
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
 
 CAUSES = (  # what pip prints -> what the user can do; the first match counts
     (
@@ -379,7 +381,7 @@ def test(arguments: list[str]) -> int:
     if failed:
         say("FAILED: {} (see above); this run ends with status 1".format(", ".join(failed)))
     say("pytest")
-    status = run_child([str(PYTHON), "-m", "pytest", *arguments], ROOT)
+    status = run_child([str(PYTHON), "-m", "pytest", *SIDE_BY_SIDE, *arguments], ROOT)
     return status or int(bool(failed))
 
 

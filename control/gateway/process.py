@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import partial
+
+from prometheus_client import CollectorRegistry
 
 from bridge import gen_server
 from bridge.gen_server import NOREPLY, GenServer, Stop
@@ -54,6 +57,8 @@ class GatewayServer(GenServer):
             now_s=settings.now_s,
             monotonic_s=settings.monotonic_s,
         )
+        # A registry of its own: that of a gateway before this one has its metrics already.
+        settings = replace(settings, registry=CollectorRegistry())
         app = create_app(api, settings=settings, control=api, ring=self._ring)
         api.url = lambda: address.url
         api.on_recovery = app.state.gateway.metrics.recovery_pause.observe

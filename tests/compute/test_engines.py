@@ -181,7 +181,7 @@ def test_long_steps_run_in_parts(cpu_llama: StageEngine) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([Row(4, (1,), 0)], "slot 4 is outside"),
+        ([Row(16, (1,), 0)], "slot 16 is outside"),
         ([Row(0, (1,), 0), Row(0, (1,), 1)], "twice"),
         ([Row(0, (), 0)], "at least one token"),
         ([Row(0, (1, 2), 159)], "outside the context of 160"),

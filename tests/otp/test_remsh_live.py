@@ -59,7 +59,7 @@ async def _session(screen: Screen, made: ShellNode) -> None:
             ("leader().", ["{ok,'n@127.0.0.1'}"]),
             ("status().", ['cluster => <<"lab">>', 'id => <<"lama-1">>', "state => ready"]),
             ("nodes().", ["name => 'n@127.0.0.1'"]),
-            ("topology().", ["[]"]),
+            ("topology().", ['from => <<"m@10.0.0.2">>', 'kind => <<"ethernet">>']),
             ("instances().", ["lama-1"]),
             ("tree().", ["root_sup", "\n  cluster_sup", "\n    scheduler", "<0.", "one_for_one"]),
             ("state(scheduler).", ['#{instances => [<<"lama-1">>]}']),
@@ -133,7 +133,7 @@ async def _allowed(erl: Erl, module: str) -> None:
     (instance, *_) = await call("instances, []")
     assert instance[A("id")] == b"lama-1"
     assert (await call("nodes, []"))[0][A("state")] == A("up")
-    assert await call("topology, []") == []
+    assert (await call("topology, []"))[0][A("kind")] == b"ethernet"
     for model in ('"tiny"', '<<"tiny">>', "tiny"):
         assert await call(f"load, [{model}]") == (A("ok"), b"tiny-1")
     assert await call('load, ["tiny", [{slots, 2}]]') == (A("ok"), b"tiny-1")
