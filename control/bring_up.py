@@ -144,7 +144,9 @@ async def start(me: Process, spec: InstanceSpec, books: Pid) -> None:
         dest = (Atom("agent"), Atom(spec.head_node))
         answer = await gen_server.call(me, dest, order, timeout_s=START_S)
     except gen_server.CallError as exc:
-        kind = "machine_lost" if isinstance(exc, gen_server.NodeDown) else "start_failed"
+        # An agent that ends, or has ended, is one of a machine that stops.
+        gone = isinstance(exc, gen_server.NodeDown | gen_server.CallExit | gen_server.NoProc)
+        kind = "machine_lost" if gone else "start_failed"
         failed(kind, f"{spec.head_node} did not start it: {exc}")
         return
     match answer:

@@ -35,6 +35,9 @@ log = logging.getLogger("control.scheduler")
 
 DRAIN_S: Final = 30.0
 RETRY_S: Final = 10.0
+STOPPING_S: Final = 1.0
+# What a rank says whose machine has lost the files; others may have them.
+FILES_GONE: Final = frozenset({"no_such_model", "parts_missing"})
 # Reasons of a failure that more machines, or more memory, may mend.
 MENDABLE: Final = frozenset({"no_placement", "start_failed", "model_store_lost", "no_authority"})
 
@@ -69,17 +72,14 @@ class Instances:
         self._on_change, self._on_demand_failed = on_change, on_demand_failed
         self.moves = Moves()
         self.turns = Turns(me)
+        self._leaving_well: set[str] = set()  # that are placed anew when they have drained
         self.stopping = False  # from then on groups end by no fault of theirs
         self._helpers: set[Term] = set()
 
     # -- coming up -------------------------------------------------------------------------
 
-    def begin(self, record: Record, *, after: tuple[str, float] | None = None) -> None:
-        """Bring ``record`` up.
-
-        Args:
-            after: first end its group on this node, with so many seconds to drain.
-        """
+    def begin(self, record: Record, *, end_at: str = "") -> None:
+        """Bring ``record`` up, after the end of its group on the node ``end_at``, if named."""
         self._books.add(record)
         record.spec, record.coordinator, record.retry = None, None, False
         record.taken = {}
@@ -97,8 +97,8 @@ class Instances:
         )
 
         async def work(me: Process) -> None:
-            if after is not None:
-                await group_orders.stop_group(me, after[0], record.id, after[1])
+            if end_at:
+                await group_orders.stop_group(me, end_at, record.id, 0.0)
             await bring_up.bring_up(me, plan, self._me.pid)
 
         record.worker = self._me.spawn(work, link=True, label=f"bring up {record.id}")
@@ -189,7 +189,7 @@ class Instances:
 
     def _put_off(self, record: Record, why: str) -> None:
         """Drain an instance and end it; what is wanted comes back when there is room."""
-        if record.on_demand:
+        if record.on_demand and record.id not in self._leaving_well:
             self.unload(record.id, None)
             return
         node = record.spec.head_node if record.spec else ""
@@ -212,7 +212,11 @@ class Instances:
         if record is None or record.state == "draining":
             return
         if kind == "machine_lost" and record.spec is not None:
-            self.move(record, text)
+            if record.spec.head_node in self._up():  # it stops, and is about to say so
+                self._change(record, "recovering", text)
+                self._me.send_after(STOPPING_S, self._me.pid, (Atom("move"), id_, text))
+            else:
+                self.move(record, text)
         elif record.on_demand and not record.ever_ready:
             self._forget_demand(record, text)
         elif record.reply_to is not None and record.spec is None:
@@ -289,7 +293,10 @@ class Instances:
             return  # of a place that it has left
         record.coordinator, record.epoch = pid, epoch
         if state == "failed":
-            self.on_failed(id_, "load_failed", text)
+            if record.ever_ready and text.partition(":")[0] in FILES_GONE:
+                self.move(record, text)
+            else:
+                self.on_failed(id_, "load_failed", text)
             return
         record.ever_ready = record.ever_ready or state == "ready"
         self._change(record, state, text)
@@ -412,7 +419,7 @@ class Instances:
                     self._end_worker(record)
                     self._me.send(self._me.pid, (Atom("stopped"), record.id))
 
-    def move(self, record: Record, why: str, *, drain_s: float = 0.0) -> None:
+    def move(self, record: Record, why: str) -> None:
         """Place an instance anew; one that has moved often waits a while."""
         now_s = self._now_s()
         wait_s = self.moves.wait_s(record.id, now_s)
@@ -425,8 +432,16 @@ class Instances:
         assert record.spec is not None
         old = record.spec.head_node
         record.epoch += 1
-        self.begin(record, after=(old, drain_s) if old in self._up() else None)
+        self.begin(record, end_at=old if old in self._up() else "")
         record.text = why
+
+    def move_drained(self, record: Record, why: str) -> None:
+        """Place one that runs well anew: its requests end first, and its memory is its own."""
+        self.moves.note_move(record.id, self._now_s())
+        log.warning("instance %s is placed anew: %s", record.id, why)
+        record.epoch += 1
+        self._leaving_well.add(record.id)
+        self._put_off(record, why)
 
     def retry_failed(self, only: str = "") -> None:
         """There are more machines, or there is more room: what waits for that tries again."""
@@ -453,6 +468,7 @@ class Instances:
         record.unsaved += 1
         self._desired.save(self._desired.now.remove(id_), partial(self._on_unload_saved, record))
         self.moves.forget(id_)
+        self._leaving_well.discard(id_)
         record.retry = False
         if record.state in ("draining", "unloaded"):
             return NOREPLY
@@ -492,7 +508,10 @@ class Instances:
         """Nothing of it is left."""
         record = self._books.get(id_)
         if record is not None and record.state == "draining":
-            if record.retry:
+            if record.id in self._leaving_well:
+                self._leaving_well.discard(record.id)
+                self.begin(record)
+            elif record.retry:
                 record.spec, record.coordinator, record.taken = None, None, {}
                 self._change(record, "failed", record.text)
                 self._retry_later(record)

@@ -38,7 +38,6 @@ from control.routes import Routes
 log = logging.getLogger("control.scheduler")
 
 SETTLE_S: Final = 5.0  # after an election, for machines that are still starting
-GROW_DRAIN_S: Final = 30.0
 _OK, _ERROR = Atom("ok"), Atom("error")
 
 
@@ -420,7 +419,7 @@ class Leading:
     def _better(self, id_: str, text: str) -> None:
         record = self._books.get(id_) if self.complete else None
         if record is not None and self._may_grow(record):
-            self.instances.move(record, text, drain_s=GROW_DRAIN_S)
+            self.instances.move_drained(record, text)
 
 
 def _leader_changed() -> Term:

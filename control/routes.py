@@ -51,8 +51,11 @@ class Routes:
     ) -> bool:
         """A coordinator says how it is; False where a newer one has spoken before."""
         known = self._routes.get(id_)
-        if known is not None and epoch < known.epoch:
-            return False
+        if known is not None and known.pid != pid:
+            if state == "draining":
+                return False  # its requests go on; new ones are for the other
+            if epoch < known.epoch and known.state != "draining":
+                return False
         if known is not None and known.pid == pid:
             watch = known.watch
         else:

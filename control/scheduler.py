@@ -34,6 +34,7 @@ one always answers.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,8 +58,10 @@ from control.keys import key_term
 from control.leading import Leading
 from control.lookup import Lookup
 from control.placement_request import Defaults
-from control.quorum import Roster, roster_of
+from control.quorum import Roster, missing, roster_of
 from control.routes import Routes
+
+log = logging.getLogger("control.scheduler")
 
 TICK_S: Final = 1.0
 LEADER_S: Final = 15.0  # that a question for the leader waits for one
@@ -109,6 +112,7 @@ class Scheduler(GenServer):
         self._now_s = now_s or (lambda: asyncio.get_running_loop().time())
         self.books = Books()
         self._early: list[_Early] = []
+        self._sure, self._roster = False, Roster("", (0, 0), ())
         self._leader, self._epoch, self._lineage = "", 0, ""
         self._before = (-math.inf, Document())  # when it last led, and what it wanted
         self._wishes: Document | None = None  # of the cluster that this node led before
@@ -196,13 +200,18 @@ class Scheduler(GenServer):
         name = request[0] if isinstance(request, tuple) and request else request
         if not isinstance(name, str) or name not in ORDERS | QUESTIONS:
             return (_ERROR, Atom("unknown_call"), f"scheduler: {show(request)}")
-        if self._leading.complete:
+        if self._leading.complete and self._may_answer(request):
             return _guarded(lambda: self._leading.handle(request, from_))
         if from_[0].node == self.me.node.name:
             request = self._written_out(request)
         self._early.append(_Early(request, from_, self._now_s()))
         self._serve_early()
         return NOREPLY
+
+    def _may_answer(self, request: Term) -> bool:
+        """Whether this leader can: orders wait until it is sure that nobody else leads."""
+        name = request[0] if isinstance(request, tuple) else request
+        return self._sure or name in QUESTIONS
 
     def _path_of(self, name: str, from_: Term) -> Term:
         """Where this machine has what it takes to write to a model: tokenizer and template."""
@@ -255,7 +264,9 @@ class Scheduler(GenServer):
             return
         early, self._early = self._early, []
         for one in early:
-            if self._leading.complete:
+            if self._leading.complete and not self._may_answer(one.request):
+                self._early.append(one)
+            elif self._leading.complete:
                 answer = _guarded(partial(self._leading.handle, one.request, one.from_))
                 if answer is not NOREPLY:
                     gen_server.reply(self.me, one.from_, answer)
@@ -292,6 +303,9 @@ class Scheduler(GenServer):
             answer: Term = self._routed()
             if one.request != "instances":
                 text = f"no machine may place: for {LEADER_S:.0f} s nobody led. See `ctl nodes`"
+                if self._leading.complete:
+                    why = missing(self._roster, self._up | {str(self.me.node.name)})
+                    text = f"this machine may not place now: {why or 'too few answer it'}"
                 answer = (_ERROR, Atom("no_leader"), text)
             gen_server.reply(self.me, one.from_, answer)
 
@@ -314,8 +328,13 @@ class Scheduler(GenServer):
                 for route in self._routes:
                     if route.pid.node == self.me.node.name:
                         self.me.send(route.pid, (Atom("announce"), asker))
-            case ("leadership", leader, int(epoch), bool(sure), roster):
-                self._on_leadership(text_of(leader), epoch, sure, roster_of(roster))
+            case ("leadership", leader, int(epoch), bool(sure), term):
+                try:
+                    roster = roster_of(term)
+                except ValueError as exc:  # not of our election
+                    log.warning("%s", exc)
+                    return
+                self._on_leadership(text_of(leader), epoch, sure, roster)
             case ("node_up", node):
                 self._node_up(text_of(node))
             case ("node_down", node):
@@ -379,7 +398,11 @@ class Scheduler(GenServer):
         context = known.get("context_tokens", 0)
         tokens = context if isinstance(context, int) else 0
         model = text_of(known.get("model", b""))
+        told = any(r.pid == pid and r.state == "draining" for r in self._routes)
         if self._routes.hear(id_, model, state, pid, epoch, tokens):
+            if state == "draining" and not told:  # another place, ready for long, may be unknown
+                for node in (str(self.me.node.name), *self._up):
+                    self.me.send((Atom("scheduler"), Atom(node)), (Atom("routes"), self.me.pid))
             if self._leading.complete:
                 self._leading.on_instance(id_, state, pid, epoch, text)
             self._finder.serve_waiting()
@@ -406,6 +429,7 @@ class Scheduler(GenServer):
 
     def _on_leadership(self, leader: str, epoch: int, sure: bool, roster: Roster) -> None:
         self._leader, self._epoch = "" if leader == "undefined" else leader, epoch
+        self._sure, self._roster = sure, roster
         if self._leader != self.me.node.name and self._leading.complete:
             self._before = (self._now_s(), self._desired.document)
         if self._lineage and roster.lineage != self._lineage:

@@ -91,3 +91,16 @@ async def test_one_that_is_gone_already_is_dropped_by_its_monitor() -> None:
     assert some.hear("a", "ready", dead.pid)
     assert [route.id for route in await some.ended() if route] == ["a"]
     assert list(some.routes) == []
+
+
+@in_loop
+async def test_a_place_that_drains_makes_way_for_another_whatever_its_epoch() -> None:
+    some = Some()
+    surplus, kept = some.coordinator(), some.coordinator()
+    assert some.hear("m-1", "ready", surplus.pid, 7)
+    assert not some.hear("m-1", "ready", kept.pid, 4)
+    assert some.hear("m-1", "draining", surplus.pid, 7)
+    assert picked(some.routes, "m") is None
+    assert some.hear("m-1", "ready", kept.pid, 4)
+    assert not some.hear("m-1", "draining", surplus.pid, 7)
+    assert picked(some.routes, "m") == kept.pid
