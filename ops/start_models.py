@@ -16,6 +16,9 @@ from ops.start_settings import StartSettings
 
 ASK_S = 30.0
 POLL_S = 0.1
+JOINING_S = 60.0
+AGAIN_S = 0.5
+NO_LEADER = ("leader_changed", "leader_lost", "no_leader", "no_authority")
 STEP_PERCENT = 10
 SETTLED = ("ready", "failed", "draining")
 
@@ -50,14 +53,27 @@ async def _load_start_models(me: Process, settings: StartSettings) -> list[str]:
         if model in have:
             asked.append(have[model])
             continue
-        match await _ask(me, (Atom("load"), model, {})):
-            case ("ok", id_):
-                asked.append(text_of(id_))
-            case ("error", _, text):
-                raise StartFailed(text_of(text))
+        asked.append(await _load(me, model))
     if settings.models:
         await _ask(me, (Atom("set_default"), settings.models[0]))
     return asked
+
+
+async def _load(me: Process, model: str) -> str:
+    """Ask for one model; again where the node joins a cluster just then. Raises StartFailed."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + JOINING_S
+    while True:
+        match await _ask(me, (Atom("load"), model, {})):
+            case ("ok", id_):
+                return text_of(id_)
+            case ("error", kind, text):
+                if str(kind) not in NO_LEADER or loop.time() > deadline_s:
+                    raise StartFailed(text_of(text))
+        await asyncio.sleep(AGAIN_S)
+        for id_, wanted in await _wanted(me):  # what it joins may have it, or has been told
+            if wanted == model:
+                return id_
 
 
 async def _wanted(me: Process) -> list[tuple[str, str]]:
