@@ -113,7 +113,10 @@ class Fleet:
 
 def _with_used(host: Host, used: Mapping[tuple[str, str], int]) -> Host:
     cuda = tuple(used.get((host.name, f"cuda:{i}"), 0) for i in range(len(host.cuda_bytes)))
-    return replace(host, used_bytes=used.get((host.name, MEMORY), 0), cuda_used_bytes=cuda)
+    taken, limit_bytes = used.get((host.name, MEMORY), 0), host.limit_bytes
+    if host.available_bytes is not None:  # other programs have the rest
+        limit_bytes = min(limit_bytes, host.available_bytes + taken)
+    return replace(host, limit_bytes=limit_bytes, used_bytes=taken, cuda_used_bytes=cuda)
 
 
 async def read_fleet(me: Process, *, timeout_s: float = ASK_S) -> Fleet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import platform
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ import psutil
 
 from bridge.term import Atom, Term
 from bridge.text import text_of
+
+log = logging.getLogger("control.machine")
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -235,18 +238,17 @@ def _gpus() -> tuple[Device, ...]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:  # no driver: no CUDA device
         return ()
+    found: list[Device] = []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Device(
-                "cuda",
-                _text(pynvml.nvmlDeviceGetName(handle)),
-                int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            )
-            for handle in handles
-        )
+        for handle in handles:
+            name = _text(pynvml.nvmlDeviceGetName(handle))
+            found.append(Device("cuda", name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)))
+    except pynvml.NVMLError as exc:  # one that shares the machine's memory does not say how much
+        log.warning("a GPU does not say what it has (%s); %d are used", exc, len(found))
     finally:
         pynvml.nvmlShutdown()
+    return tuple(found)
 
 
 def _text(value: str | bytes) -> str:

@@ -16,6 +16,7 @@ class Host:
     Attributes:
         name: of its node.
         limit_bytes: memory that it lends; used_bytes: what other instances take of that.
+        available_bytes: of its memory now; None where nobody has looked.
         cores: that ranks may use.
         cuda_bytes: memory of each CUDA device; cuda_used_bytes: what other instances take of it.
         has_mlx: MLX can be imported; has_metal: and has a GPU.
@@ -29,6 +30,7 @@ class Host:
     cuda_used_bytes: tuple[int, ...] = ()
     has_mlx: bool = False
     has_metal: bool = False
+    available_bytes: int | None = None
 
     @property
     def cuda_free_bytes(self) -> tuple[int, ...]:
@@ -49,6 +51,7 @@ def host_of(name: str, machine: Machine, used_bytes: int) -> Host:
         cuda_bytes=tuple(d.memory_bytes for d in machine.devices if d.kind == "cuda"),
         has_mlx=machine.has_mlx,
         has_metal=any(d.kind == "metal" for d in machine.devices),
+        available_bytes=machine.available_bytes,
     )
 
 

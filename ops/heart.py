@@ -35,6 +35,7 @@ ALIVE: Final = b"."
 
 STOPPED, REFUSED, BAD_CONFIGURATION, NO_NODE = range(4)  # ctl's exit statuses
 
+LAST_WORDS_S = 0.5  # a grandchild that holds the pipe must not delay a restart for longer
 # Windows wakes a waiting main thread for Ctrl-C only between waits.
 _LONGEST_WAIT_S: Final = 1.0 if sys.platform == "win32" else 3600.0
 _DUMP_S: Final = 1.0  # for the stacks of a blocked child to be written
@@ -205,8 +206,9 @@ class _Heart:
             os.close(alive_read)
             os.close(beat_write)
         child = self._child = _Child(self._runs, process, alive_write)
-        for body in (self._listen, self._wait):
-            thread = threading.Thread(target=body, args=(child, beat_read), daemon=True)
+        listener = threading.Thread(target=self._listen, args=(child, beat_read), daemon=True)
+        waiter = threading.Thread(target=self._wait, args=(child, listener), daemon=True)
+        for thread in (listener, waiter):
             thread.start()
         return child
 
@@ -216,8 +218,10 @@ class _Heart:
                 self._events.put(_Heard(child.run, READY in beats))
         os.close(beat_read)
 
-    def _wait(self, child: _Child, _beat_read: int) -> None:
-        self._events.put(_Exited(child.run, child.process.wait()))
+    def _wait(self, child: _Child, listener: threading.Thread) -> None:
+        status = child.process.wait()
+        listener.join(LAST_WORDS_S)  # that it was ready may still be in the pipe
+        self._events.put(_Exited(child.run, status))
 
     def _watch(self, child: _Child) -> int:
         """Until ``child`` is dead: note beats, pass signals on, kill it if it is silent."""
