@@ -36,14 +36,14 @@ from control.errors import ControlError
 from control.fleet import Fleet, read_fleet
 from control.instance_spec import InstanceSpec, RankSpec, spec_term
 from control.load_options import LoadOptions
-from control.model_files import Roles
+from control.model_files import Located
 from control.moves import Tenant, fewest, victims
 from control.names import wait_for_names
 from control.placement_request import Defaults, Request
 from control.placement_types import Candidate, Placement, RankPlace
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import ModelError
-from models.needed import needed_ranges
+from models.needed import merged, needed_ranges
 
 START_S: Final = 150.0
 ASK_S: Final = 5.0
@@ -57,13 +57,11 @@ class Plan:
     """One instance to bring up: what was asked, and defaults for the rest.
 
     Attributes:
-        ref: what the model's files are asked for by.
         first_epoch: epochs that it has had.
     """
 
     id: str
     model: str
-    ref: str
     options: LoadOptions
     defaults: Defaults
     wanted: bool = True
@@ -76,11 +74,15 @@ class Files:
 
     Attributes:
         sources: machines with all of them, best first.
-        paths: of what each machine has whole.
+        located: what each machine has.
     """
 
     sources: list[str]
-    paths: dict[str, Path]
+    located: dict[str, Located]
+
+    def path(self, node: str) -> Path | None:
+        """On a machine that has all of them."""
+        return self.located[node].path if node in self.sources else None
 
 
 def tell(me: Process, books: Pid, what: str, *rest: Term) -> None:
@@ -98,7 +100,7 @@ async def bring_up(me: Process, plan: Plan, books: Pid) -> None:
     try:
         fleet = await read_fleet(me)
         files = await _find_files(me, plan, fleet, books)
-        header = await _header(me, plan.ref, files)
+        header = await model_files.header(me.node, plan.model, files.located, files.sources)
         checkpoint = await asyncio.to_thread(open_checkpoint, header)
         turn: Term = (Atom("place_turn"), plan.id)
         _, used, tenants, avoid = await gen_server.call(me, books, turn, timeout_s=TURN_S)
@@ -163,30 +165,17 @@ def here(me: Process) -> str:
     return str(me.node.name)
 
 
-def roles_of(fleet: Fleet) -> Roles:
-    """Of the machines that are up."""
-    return {member.host.name: member.roles for member in fleet.members}
-
-
 async def _find_files(me: Process, plan: Plan, fleet: Fleet, books: Pid) -> Files:
     """Machines with the files; where there is none, one fetches them. Raises NoFiles."""
-    roles = roles_of(fleet)
-    located = await model_files.locate(me.node, plan.ref, fleet.nodes)
-    sources = model_files.best_sources(located, roles, here(me))
-    paths = {name: path for name in sources if (path := located[name].path) is not None}
+    located = await model_files.locate(me.node, plan.model, fleet.nodes)
+    sources = model_files.best_sources(located, fleet.roles, here(me))
     if not sources:
         tell(me, books, "fetching", plan.id)
-        fetcher = model_files.best_fetcher(roles, here(me))
-        paths = {fetcher: await model_files.fetch(me.node, fetcher, plan.ref)}
+        fetcher = model_files.best_fetcher(fleet.roles, here(me))
+        path = await model_files.fetch(me.node, fetcher, plan.model)
+        located[fetcher] = Located(fetcher, path, True)
         sources = [fetcher]
-    return Files(sources, paths)
-
-
-async def _header(me: Process, ref: str, files: Files) -> Path:
-    """What this machine needs of a model to plan it. Raises NoFiles."""
-    if here(me) in files.paths:
-        return files.paths[here(me)]
-    return await model_files.bring(me.node, here(me), ref, files.sources, Atom("header"))
+    return Files(sources, located)
 
 
 def _choose(
@@ -258,17 +247,17 @@ async def _distribute(
     chosen = placement.chosen
     assert chosen is not None
     nodes = {rank.node for rank in chosen.ranks}
-    roles = roles_of(fleet)
+    roles = fleet.roles
 
     async def bring(name: str) -> Path:
-        if name in files.paths:
-            return files.paths[name]
+        if (path := files.path(name)) is not None:
+            return path
         part: Term = Atom("whole")
         keeps = "storage" in roles.get(name, ()) and checkpoint.size_bytes <= KEEP_WHOLE_BYTES
         if not keeps:
             mine = [rank for rank in chosen.ranks if rank.node == name]
             part = await asyncio.to_thread(_part, checkpoint, mine)
-        return await model_files.bring(me.node, name, plan.ref, files.sources, part)
+        return await model_files.bring(me.node, name, plan.model, files.sources, part)
 
     names = sorted(nodes)
     paths = dict(zip(names, await asyncio.gather(*(bring(name) for name in names)), strict=True))
@@ -313,15 +302,5 @@ def _part(checkpoint: Checkpoint, ranks: Sequence[RankPlace]) -> Term:
             ranges.setdefault(name, []).extend(parts)
     return (
         Atom("ranges"),
-        {name: [tuple(part) for part in _merged(parts)] for name, parts in ranges.items()},
+        {name: list(merged(parts)) for name, parts in ranges.items()},
     )
-
-
-def _merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for begin, end in sorted(parts):
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((begin, end))
-    return found

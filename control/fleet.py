@@ -59,6 +59,11 @@ class Fleet:
         return tuple(member.host.name for member in self.members)
 
     @property
+    def roles(self) -> dict[str, frozenset[str]]:
+        """Of each machine."""
+        return {member.host.name: member.roles for member in self.members}
+
+    @property
     def computing(self) -> tuple[Member, ...]:
         """Machines that may run ranks."""
         return tuple(member for member in self.members if COMPUTE in member.roles)

@@ -89,7 +89,6 @@ class Instances:
         plan = bring_up.Plan(
             id=record.id,
             model=record.model,
-            ref=record.model,
             options=record.wanted.options,
             defaults=self._defaults,
             wanted=not record.on_demand,

@@ -96,6 +96,17 @@ async def bring(node: Node, name: str, ref: str, sources: Sequence[str], part: T
     return _path(await _ensure(node, name, (Atom("ensure"), ref, options)))
 
 
+async def header(
+    node: Node, ref: str, located: Mapping[str, Located], sources: Sequence[str]
+) -> Path:
+    """What this machine opens a model with, brought here where it is not whole. Raises NoFiles."""
+    here = str(node.name)
+    own = located.get(here)
+    if own is not None and own.whole and own.path is not None:
+        return own.path
+    return await bring(node, here, ref, sources, Atom("header"))
+
+
 async def _ensure(node: Node, name: str, request: Term) -> Term:
     try:
         return await _store(node, name, request, FETCH_S)

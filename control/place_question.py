@@ -38,12 +38,9 @@ async def answer(question: Question, from_: Term, me: Process) -> None:
     model, here = question.model, str(me.node.name)
     try:
         fleet = await read_fleet(me)
-        roles = {member.host.name: member.roles for member in fleet.members}
         located = await model_files.locate(me.node, model, fleet.nodes)
-        sources = model_files.best_sources(located, roles, here)
-        path = located[here].path if here in sources else None
-        if sources and path is None:
-            path = await model_files.bring(me.node, here, model, sources, Atom("header"))
+        sources = model_files.best_sources(located, fleet.roles, here)
+        path = await model_files.header(me.node, model, located, sources) if sources else None
         asked = dry_run.Question(
             model=model,
             path=path,
@@ -80,19 +77,18 @@ async def bring_header(
     Args:
         nodes: machines that may have the files, the likeliest first.
     """
-    here = str(me.node.name)
     try:
-        path = await _header(me, here, model, nodes)
+        path = await _header(me, model, nodes)
     except ControlError as exc:
         gen_server.reply(me, from_, (Atom("error"), Atom(exc.kind), str(exc)))
         return
     gen_server.reply(me, from_, (Atom("ok"), target, str(path), context_tokens))
 
 
-async def _header(me: Process, here: str, model: str, nodes: Sequence[str]) -> Path:
-    own = (await model_files.locate(me.node, model, [here]))[here]
-    if own.whole and own.path is not None:
-        return own.path
-    located = await model_files.locate(me.node, model, nodes)
-    sources = [node for node in nodes if located[node].whole]
-    return await model_files.bring(me.node, here, model, sources, Atom("header"))
+async def _header(me: Process, model: str, nodes: Sequence[str]) -> Path:
+    here = str(me.node.name)
+    located = await model_files.locate(me.node, model, [here])
+    if not located[here].whole:  # else nobody need be asked
+        located = await model_files.locate(me.node, model, nodes)
+    sources = [node for node in nodes if node in located and located[node].whole]
+    return await model_files.header(me.node, model, located, sources)

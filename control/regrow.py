@@ -40,15 +40,10 @@ async def weigh(
     """
     try:
         fleet = (await read_fleet(me)).with_used(used)
-        here = str(me.node.name)
         located = await model_files.locate(me.node, spec.model, fleet.nodes)
-        own = located.get(here)
-        if own is None or own.path is None or not own.whole:
-            sources = [node for node, one in located.items() if one.whole]
-            path = await model_files.bring(me.node, here, spec.model, sources, Atom("header"))
-        else:
-            path = own.path
-        fleet = fleet.with_files([node for node, one in located.items() if one.whole])
+        sources = model_files.best_sources(located, fleet.roles, str(me.node.name))
+        path = await model_files.header(me.node, spec.model, located, sources)
+        fleet = fleet.with_files(sources)
         checkpoint = await asyncio.to_thread(open_checkpoint, path)
         request = Request.of(spec.model, options, checkpoint.spec, defaults)
         text = await asyncio.to_thread(better, spec, request, fleet, checkpoint, options.goal)

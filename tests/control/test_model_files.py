@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bridge.term import Atom
 from control import model_files
-from control.bring_up import _merged
 from control.model_files import Located, NoFiles, best_fetcher, best_sources
+from models.needed import merged
 from tests.control.in_loop import in_loop
 from tests.control.lab import lab
 
@@ -39,9 +39,9 @@ def test_a_keeper_fetches_from_outside() -> None:
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=12))
 def test_ranges_of_several_ranks_are_asked_for_once(parts: list[tuple[int, int]]) -> None:
     ranges = [(begin, begin + size) for begin, size in parts]
-    merged = _merged(ranges)
-    assert {n for r in merged for n in range(*r)} == {n for r in ranges for n in range(*r)}
-    assert all(a[1] < b[0] for a, b in itertools.pairwise(merged))
+    found = merged(ranges)
+    assert {n for r in found for n in range(*r)} == {n for r in ranges for n in range(*r)}
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
 
 
 @in_loop
